@@ -1,0 +1,50 @@
+# Every target sets itself up: `make env` builds .venv once, and again only when the files it is made from change.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TRITON ?= 3.7.1
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
+SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check format bench golden wheel clean
+
+help: ## This list.
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## Virtual environment with pinned versions, and the compiled extension.
+
+$(STAMP): $(SOURCES)
+	@echo "setting up $(VENV): torch $(TORCH), triton $(TRITON) and pinned packages (one to three minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) triton==$(TRITON) -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@rm -f $(VENV)/.ready-* && touch $@
+
+demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/report.html (minutes on 2 cores).
+	@$(BIN)/igpt demo --out runs/demo
+
+test: env ## All tests.
+	@$(BIN)/python -m pytest -q -n $${JOBS:-2} tests
+
+check: env ## Format, lint, types.
+	@$(BIN)/ruff format --check --quiet . || ($(BIN)/ruff format --diff --quiet .; exit 1)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@echo "format, lint and types are clean"
+
+format: env ## Rewrite the sources in the project's format.
+	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
+
+bench: env ## Benchmarks, each case checked against the reference before it is timed.
+	@$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-sort=name
+
+golden: env ## Regenerate the golden data of the tests.
+	@$(BIN)/python tests/golden/regenerate.py
+
+wheel: env ## A wheel in dist/.
+	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## Remove what the other targets made, the environment included.
+	rm -rf $(VENV) build dist *.egg-info igpt_kernels/*.so runs .mypy_cache .ruff_cache .pytest_cache

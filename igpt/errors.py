@@ -1,0 +1,53 @@
+"""What goes wrong through no fault of the code: one family of errors, and one way to ask for an extra.
+
+The command line turns any `IgptError` into one line on stderr and exit code 2. Everything else is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class IgptError(ValueError):
+    """A mistake that the user can mend: the message names the argument or file, what was got, and what is wanted."""
+
+
+class ConfigError(IgptError):
+    """An option or configuration value that cannot work."""
+
+
+class DataError(IgptError):
+    """An image, token file or data set that cannot be read, or is not what its name says."""
+
+
+class CheckpointError(IgptError):
+    """A checkpoint or pretrained folder that is missing, incomplete, damaged or of another shape."""
+
+
+class NonFiniteError(IgptError):
+    """A loss, gradient or weight became NaN or infinite."""
+
+
+class MissingExtra(IgptError, ImportError):
+    """An optional package is not installed; the message is the command that installs it."""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import `module`, or raise `MissingExtra` with the one command that installs it.
+
+    Args:
+        module: dotted module name, for example ``"sklearn.linear_model"``.
+        extra: the extra of this distribution that brings it: ``"eval"``, ``"hf"`` or ``"log"``.
+
+    Raises:
+        MissingExtra: the package is absent. Errors inside an installed package are not hidden.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != top:
+            raise
+        raise MissingExtra(f"{top} is not installed; run: pip install 'igpt-kernels[{extra}]'") from error

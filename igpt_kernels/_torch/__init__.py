@@ -1,0 +1,1 @@
+"""Implementations in plain PyTorch operations: any device, no compiler."""

@@ -1,0 +1,86 @@
+"""Argument checks: one style of error for every operation. Each names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
+    """Return `value` if it is a tensor of the wanted rank and dtype.
+
+    Raises:
+        TypeError: not a tensor, or a dtype outside `dtypes`.
+        ValueError: another number of dimensions than `ndim`.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {wanted}; got {str(value.dtype).removeprefix('torch.')}")
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_attention(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Check q [B,H,Tq,D], k and v [B,H,Tk,D] of one dtype and device.
+
+    Raises:
+        TypeError: not tensors, not floating point, or mixed dtypes.
+        ValueError: shapes or devices that do not fit together.
+    """
+    q = check_tensor("q", q, ndim=4, dtypes=FLOAT_DTYPES)
+    for name, value in (("k", k), ("v", v)):
+        other = check_tensor(name, value, ndim=4, dtypes=FLOAT_DTYPES)
+        if other.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q ({q.dtype}), got {other.dtype}")
+        if other.device != q.device:
+            raise ValueError(f"{name} must be on the device of q ({q.device}), got {other.device}")
+        if (other.shape[0], other.shape[1], other.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
+            raise ValueError(
+                f"{name} must be [B,H,T,D] with B, H, D of q {tuple(q.shape)}, got {tuple(other.shape)}; "
+                "grouped heads are not supported"
+            )
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    return q, k, v
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale: 1/sqrt(D) when None. Raises ValueError unless it is a finite number."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    return float(scale)
+
+
+def check_length(length: object, *, batch: int, longest: int) -> int | Tensor:
+    """Keys visible in a cache: an int, or an integer tensor [B] on any device; each from 0 to `longest`.
+
+    A tensor's values are checked on the CPU only, because reading them from a GPU would stall the stream.
+
+    Raises:
+        TypeError: neither int nor integer tensor.
+        ValueError: wrong shape, or a value outside the cache.
+    """
+    if isinstance(length, bool):
+        raise TypeError("length must be an int or an integer tensor [B], got bool")
+    if isinstance(length, int):
+        if not 0 <= length <= longest:
+            raise ValueError(f"length must be from 0 to the cache's {longest}, got {length}")
+        return length
+    if not isinstance(length, Tensor) or length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+        raise TypeError(f"length must be an int or an integer tensor [B], got {length!r}")
+    if length.shape != (batch,):
+        raise ValueError(f"length must have shape [B] = [{batch}], got {tuple(length.shape)}")
+    if length.device.type == "cpu" and batch and not (int(length.min()) >= 0 and int(length.max()) <= longest):
+        raise ValueError(f"length must be from 0 to the cache's {longest}, got {length.tolist()}")
+    return length

@@ -1,0 +1,115 @@
+"""The command line as a user meets it: quick help, one line for a mistake, exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from igpt import cli, config
+
+
+def test_help_names_every_command_and_is_quick() -> None:
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "igpt.cli", "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+    for command in cli.COMMANDS:
+        assert command in done.stdout
+    # 0.25 s alone; the bound is the promise of 0.5 s with room for a machine that runs other tests beside this one.
+    assert best < 1.5
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_for_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(cli.COMMANDS[command][0]):
+        assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text, field.name
+
+
+@pytest.mark.parametrize("options", [entry[0] for entry in cli.COMMANDS.values()], ids=lambda options: options.__name__)
+def test_every_option_is_documented(options: type) -> None:
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(options)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for node, following in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Expected one of"),
+        (["frobnicate"], "frobnicate"),
+        (["pretrain"], "--source"),
+        (["pretrain", "digits", "--out", "x", "--stepz", "3"], "--stepz"),
+        (["pretrain", "digits", "--out", "x", "--steps", "many"], "--steps"),
+        (["pretrain", "digits", "--out", "x", "--steps", "0"], "steps must be a number above 0"),
+        (["pretrain", "digits", "--out", "x", "--batch-size", "10", "--accumulate", "3"], "multiple of accumulate"),
+        (["pretrain", "mnist", "--out", "x"], "digits"),
+        (["sample", "no/such/run"], "no/such/run"),
+        (["probe", "no/such/run", "digits"], "no/such/run"),
+        (["palette"], "source"),
+        (["tokenize", "folder:/no/such/folder", "--palette", "x", "--out", "y.npy"], "/no/such/folder"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("igpt: ")
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert "Traceback" not in captured.err
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    import igpt.info
+
+    def broken(_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(igpt.info, "run_info", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["info"])
+
+
+def test_interruption_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import igpt.info
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(igpt.info, "run_info", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "igpt: interrupted\n"
+
+
+def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["extension"]["loaded"] or facts["extension"]["reason"]
+    assert facts["backends, best first"]["flash_attention"]["cpu float32"][0] == "torch"
+    assert cli.main(["info"]) == 0
+    assert "extension" in capsys.readouterr().out
+
+
+def test_leading_words_are_the_options_they_stand_for() -> None:
+    spelled = ["complete", "--model", "run", "--source", "digits", "--n", "2"]
+    assert cli._spell_out(["complete", "run", "digits", "--n", "2"]) == spelled
+    assert cli._spell_out(["sample", "--model", "run"]) == ["sample", "--model", "run"]
+    assert cli._parse(["sample", "run", "--n", "3"])[1] == config.SampleOptions(model="run", n=3)

@@ -1,0 +1,174 @@
+"""Attention on the torch backend against the oracle in float64, with the error of same-dtype eager as the budget."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from igpt_kernels import backends, reference
+from igpt_kernels.attention import decode_attention, flash_attention
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(queries: int, keys: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 3, queries, head_dim), (2, 3, keys, head_dim), (2, 3, keys, head_dim)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 65), (2, 2), (63, 63), (64, 64), (7, 65), (65, 7), (257, 257)])
+def test_error_is_within_the_budget_of_eager(queries: int, keys: int, causal: bool, dtype: torch.dtype) -> None:
+    q, k, v = inputs(queries, keys, 24, dtype)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    eager = [x.clone().requires_grad_() for x in (q, k, v)]
+    truth = [x.double().requires_grad_() for x in (q, k, v)]
+    ours = flash_attention(*leaves, causal=causal)
+    low, _ = reference.attention(*eager, causal=causal)
+    exact, _ = reference.attention(*truth, causal=causal)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    for out, grad in ((ours, upstream), (low, upstream), (exact, upstream.double())):
+        out.backward(grad)
+    rounding = torch.finfo(dtype).eps
+    assert torch.isfinite(ours).all()
+    budget = 2 * (low - exact).abs().max() + rounding * exact.abs().max()
+    assert (ours - exact).abs().max() <= budget
+    for mine, theirs, true in zip(leaves, eager, truth, strict=True):
+        assert mine.grad is not None
+        budget = 3 * (theirs.grad - true.grad).abs().max() + rounding * true.grad.abs().max()
+        assert (mine.grad - true.grad).abs().max() <= budget
+
+
+def test_a_single_key_is_copied() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(1, 1, 24, torch.float32))
+    out = flash_attention(q, k, v)
+    assert torch.equal(out, v)
+    out.sum().backward()
+    torch.testing.assert_close(q.grad, torch.zeros_like(q), atol=1e-5, rtol=0)
+    torch.testing.assert_close(v.grad, torch.ones_like(v))
+
+
+def test_oracle_is_the_softmax_written_out() -> None:
+    q, k, v = (x.double() for x in inputs(5, 8, 4, torch.float64))
+    out, lse = reference.attention(q, k, v, causal=True, scale=0.3)
+    for i in range(5):
+        scores = [0.3 * float(q[1, 2, i] @ k[1, 2, j]) for j in range(i + 8 - 5 + 1)]
+        total = sum(math.exp(score) for score in scores)
+        row = sum(math.exp(score) / total * v[1, 2, j] for j, score in enumerate(scores))
+        torch.testing.assert_close(out[1, 2, i], row)
+        assert lse[1, 2, i].item() == pytest.approx(math.log(total))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_rows_that_see_nothing_are_zero_and_pass_nothing(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs(6, 2, 8, torch.float32)]
+    out = flash_attention(*leaves, backend=backend)
+    assert (out[:, :, :4] == 0).all()
+    assert (out[:, :, 4:] != 0).all()
+    out[:, :, :4].sum().backward()
+    assert all((x.grad == 0).all() for x in leaves)
+    _, lse = reference.attention(*[x.detach() for x in leaves])
+    assert (lse[:, :, :4] == -math.inf).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8)])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_empty_inputs(shape: tuple[int, ...], backend: str) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    out = flash_attention(x, x, x, backend=backend)
+    assert out.shape == shape
+    out.sum().backward()
+    assert flash_attention(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 0, 8), torch.ones(1, 1, 0, 8), backend=backend).eq(0).all()
+
+
+def test_any_strides_and_offsets() -> None:
+    q, k, v = inputs(9, 9, 8, torch.float32)
+    expected = flash_attention(q, k, v)
+    padded = torch.full((3 * 2 * 3 * 9 * 8 + 5,), math.nan)
+    tricky = []
+    for index, x in enumerate((q, k, v)):
+        view = padded[5 + index * x.numel() :][: x.numel()].view(9, 3, 8, 2).permute(3, 1, 0, 2)
+        tricky.append(view.copy_(x))
+    torch.testing.assert_close(flash_attention(*tricky), expected)
+
+
+def test_gradcheck_in_float64() -> None:
+    leaves = [x.double().requires_grad_() for x in inputs(4, 4, 3, torch.float64)]
+    assert torch.autograd.gradcheck(flash_attention, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_decode_is_the_last_row_and_ignores_the_rest(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = inputs(1, 12, 16, dtype)
+    for length in (1, 5, 12):
+        k_cache, v_cache = k.clone(), v.clone()
+        k_cache[:, :, length:], v_cache[:, :, length:] = math.nan, math.nan
+        expected = flash_attention(q, k[:, :, :length], v[:, :, :length], backend=backend)
+        torch.testing.assert_close(decode_attention(q, k_cache, v_cache, length, backend=backend), expected)
+        each = torch.tensor([length, length])
+        torch.testing.assert_close(decode_attention(q, k_cache, v_cache, each, backend=backend), expected)
+    mixed = decode_attention(q, k, v, torch.tensor([0, 7]), backend=backend)
+    assert mixed[0].eq(0).all()
+    expected = flash_attention(q[1:], k[1:, :, :7], v[1:, :, :7], backend=backend)
+    torch.testing.assert_close(mixed[1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, k, v: flash_attention(q.numpy(), k, v), TypeError, "q must be a torch.Tensor, got ndarray"),
+        (lambda q, k, v: flash_attention(q.long(), k, v), TypeError, "q must have dtype.*int64"),
+        (lambda q, k, v: flash_attention(q, k.half(), v), TypeError, "k must have the dtype of q"),
+        (lambda q, k, v: flash_attention(q[0], k, v), ValueError, "q must have 4 dimensions"),
+        (lambda q, k, v: flash_attention(q, k[:, :1], v), ValueError, "k must be .*grouped"),
+        (lambda q, k, v: flash_attention(q, k, v[:, :, :2]), ValueError, "v must have the shape of k"),
+        (lambda q, k, v: flash_attention(q, k.to("meta"), v), ValueError, "device"),
+        (lambda q, k, v: flash_attention(q, k, v, scale=math.nan), ValueError, "scale.*nan"),
+        (lambda q, k, v: flash_attention(q, k, v, backend="cutlass"), ValueError, "auto, torch, reference.*cutlass"),
+        (lambda q, k, v: decode_attention(q, k, v, 1), ValueError, "use flash_attention"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, 6), ValueError, "length.*5.*6"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, -1), ValueError, "length.*-1"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, True), TypeError, "bool"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, torch.tensor([1.0, 2.0])), TypeError, "integer"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, torch.tensor([1])), ValueError, r"\[2\]"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, torch.tensor([1, 9])), ValueError, "9"),
+        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, 1, layout="row"), ValueError, "layout.*row"),
+    ],
+)
+def test_bad_arguments_are_named(change: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        change(*inputs(5, 5, 8, torch.float32))  # type: ignore[operator]
+
+
+def test_a_mask_beyond_free_memory_raises_instead_of_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+    from igpt_kernels._torch import attention as implementation
+
+    monkeypatch.setattr(implementation, "free_memory", lambda device: 100)
+    q, k, v = inputs(5, 9, 8, torch.float32)
+    with pytest.raises(MemoryError, match="5 x 9"):
+        flash_attention(q, k, v)
+    flash_attention(k, k, v)
+
+
+def test_explain_gives_reasons_and_choose_obeys() -> None:
+    table = backends.explain("flash_attention", dtype=torch.int8, device="cuda:3", head_dim=0)
+    assert [name for name, _ in table] == ["torch", "reference"]
+    assert all("int8" in reasons[0] and "head_dim 0" in reasons[1] for _, reasons in table)
+    with pytest.raises(backends.BackendUnavailable, match="int8"):
+        backends.choose("auto", table, "flash_attention")
+    with pytest.raises(ValueError, match="op must be one of"):
+        backends.explain("sparkle", dtype=torch.float32, device="cpu", head_dim=64)
+    only = backends.Capability("gpu", (torch.float32,), devices=("cuda",))
+    backends.CAPABILITIES["probe"] = (only, backends.Capability("any", (torch.float32,)))
+    try:
+        table = backends.explain("probe", dtype=torch.float32, device="cpu", head_dim=64)
+        assert backends.choose("auto", table, "probe") == "any"
+        with pytest.raises(backends.BackendUnavailable, match="device cpu is not one of cuda"):
+            backends.choose("gpu", table, "probe")
+    finally:
+        del backends.CAPABILITIES["probe"]
