@@ -50,7 +50,7 @@ def flash_attention(
     scale = check_scale(scale, q.shape[3])
     table = backends.explain("flash_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
     if backends.choose(backend, table, "flash_attention") == "reference":
-        return reference.attention(q, k, v, causal=causal, scale=scale)[0]
+        return reference.attention_reference(q, k, v, causal=causal, scale=scale)[0]
     return torch_attention.flash_attention(q, k, v, causal=causal, scale=scale)
 
 
@@ -94,5 +94,5 @@ def decode_attention(
     scale = check_scale(scale, q.shape[3])
     table = backends.explain("decode_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
     if backends.choose(backend, table, "decode_attention") == "reference":
-        return reference.decode_attention(q, k_cache, v_cache, length, scale=scale)
+        return reference.decode_attention_reference(q, k_cache, v_cache, length, scale=scale)
     return torch_attention.decode_attention(q, k_cache, v_cache, length, scale=scale)

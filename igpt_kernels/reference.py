@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,17 +39,75 @@ def palette_table_reference(colors: Tensor) -> Tensor:
         colors: float64 [V, 3].
 
     Returns:
-        int64 [2²⁴] on the device of `colors`. Costs about V / 100 seconds on two cores.
+        int64 [2²⁴] on the device of `colors`. Costs about V / 60 seconds of one core.
     """
-    levels = torch.arange(256, dtype=torch.float64, device=colors.device)
-    red, green, blue = ((levels[None, :] - colors[:, channel, None]) ** 2 for channel in range(3))  # each [V, 256]
-    rows = []
-    for r in range(256):
-        least = torch.full((256, 256), torch.inf, dtype=torch.float64, device=colors.device)
-        winner = torch.zeros((256, 256), dtype=torch.int32, device=colors.device)
-        for index in range(colors.shape[0]):
+    levels = np.arange(256, dtype=np.float64)
+    red, green, blue = np.square(levels - colors.cpu().numpy().T[:, :, None])  # each [V, 256]
+    table = np.zeros((256, 256, 256), dtype=np.int32)
+    for r, winner in enumerate(table):
+        least = np.full(winner.shape, np.inf)
+        for index in range(len(red)):
             distance = (red[index, r] + green[index])[:, None] + blue[index]
-            winner.masked_fill_(distance < least, index)
-            torch.minimum(distance, least, out=least)
-        rows.append(winner.flatten())
-    return torch.cat(rows).to(torch.int64)
+            np.copyto(winner, index, where=distance < least)
+            np.minimum(distance, least, out=least)
+    return torch.from_numpy(table).flatten().to(colors.device, torch.int64)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The oracle of every attention: ``softmax(scale·q·kᵀ + mask)·v``, eager, in the dtype of its inputs.
+
+    Args:
+        q: [B,H,Tq,D]; float64 for the truth, a half dtype to learn what rounding that dtype alone costs.
+        k: [B,H,Tk,D].
+        v: [B,H,Tk,D].
+        causal: query i sees key j when ``j <= i + Tk - Tq``.
+        scale: ``1/sqrt(D)`` when None.
+        mask: bool, True = may be seen, broadcastable to [B,H,Tq,Tk]; ANDed with causality.
+
+    Returns:
+        out [B,H,Tq,D] and lse [B,H,Tq], the natural log of the sum of exponentials. A row that sees nothing gives out 0,
+        lse -inf and zero gradients.
+
+    Cost: keeps B·H·Tq·Tk scores.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    queries, keys = q.shape[2], k.shape[2]
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril(keys - queries)
+    if mask is not None:
+        visible = visible & mask
+    scores = (q @ k.transpose(-1, -2)) * scale
+    # The lowest finite number, not -inf: a row of -inf would give NaN gradients (pytorch/pytorch#41508).
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    sees = visible.any(-1)
+    weights = scores.softmax(-1).masked_fill(~visible, 0.0)
+    if keys == 0:
+        return (q * 0), q.new_full(q.shape[:3], -math.inf)
+    lse = torch.logsumexp(scores, -1).masked_fill(~sees, -math.inf)
+    return weights @ v, lse
+
+
+def decode_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *, scale: float | None = None
+) -> Tensor:
+    """The oracle of decoding: sequence by sequence, the attention of one query over the first `length` keys.
+
+    Args:
+        q: [B,H,1,D].
+        k_cache: [B,H,Tmax,D].
+        v_cache: [B,H,Tmax,D].
+        length: keys visible: an int, or an integer tensor [B].
+        scale: ``1/sqrt(D)`` when None.
+
+    Returns:
+        [B,H,1,D].
+    """
+    lengths = [length] * q.shape[0] if isinstance(length, int) else [int(value) for value in length]
+    rows = [
+        attention_reference(q[b : b + 1], k_cache[b : b + 1, :, :n], v_cache[b : b + 1, :, :n], causal=False, scale=scale)[0]
+        for b, n in enumerate(lengths)
+    ]
+    return torch.cat(rows) if rows else q * 0

@@ -7,6 +7,7 @@ worked at once, as a flat list of (cell, candidate) pairs.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +155,12 @@ def _fill_leaves(cells: _Cells, colors: Tensor, table: Tensor) -> None:
         level = cells.origin[rows][:, :, None] + inside
         red, green, blue = (level - colors[candidate][..., None]).square().unbind(2)  # each [slots, rows, 4]
         distance = (red[..., None] + green[..., None, :])[..., None] + blue[..., None, None, :]
-        nearest = distance == distance.amin(0)
-        winner = torch.where(nearest, candidate[..., None, None, None], colors.shape[0]).amin(0)
+        nearest = distance == _least(distance)
+        winner = _least(torch.where(nearest, candidate[..., None, None, None], colors.shape[0]))
         corner = (cells.origin[rows] << torch.tensor([16, 8, 0], device=device)).sum(1)
         table[corner[:, None, None, None] + place] = winner.to(torch.int16)
+
+
+def _least(values: Tensor) -> Tensor:
+    """values.amin(0), which takes three quarters of the whole build on a CPU where this takes a tenth."""
+    return functools.reduce(torch.minimum, values.unbind(0))

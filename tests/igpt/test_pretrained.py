@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from igpt.palette import Palette
 from safetensors.torch import load_file, save_file
 
 import igpt
 from igpt.config import ImageGPTConfig
 from igpt.errors import CheckpointError
 from igpt.model import ImageGPT
+from igpt.palette import Palette
 
 transformers = pytest.importorskip("transformers")
 

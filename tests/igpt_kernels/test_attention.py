@@ -21,15 +21,15 @@ def inputs(queries: int, keys: int, head_dim: int, dtype: torch.dtype, seed: int
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 65), (2, 2), (63, 63), (64, 64), (7, 65), (65, 7), (257, 257)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 65), (31, 31), (63, 63), (64, 64), (7, 65), (65, 7), (257, 257)])
 def test_error_is_within_the_budget_of_eager(queries: int, keys: int, causal: bool, dtype: torch.dtype) -> None:
     q, k, v = inputs(queries, keys, 24, dtype)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     eager = [x.clone().requires_grad_() for x in (q, k, v)]
     truth = [x.double().requires_grad_() for x in (q, k, v)]
     ours = flash_attention(*leaves, causal=causal)
-    low, _ = reference.attention(*eager, causal=causal)
-    exact, _ = reference.attention(*truth, causal=causal)
+    low, _ = reference.attention_reference(*eager, causal=causal)
+    exact, _ = reference.attention_reference(*truth, causal=causal)
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     for out, grad in ((ours, upstream), (low, upstream), (exact, upstream.double())):
         out.backward(grad)
@@ -54,7 +54,7 @@ def test_a_single_key_is_copied() -> None:
 
 def test_oracle_is_the_softmax_written_out() -> None:
     q, k, v = (x.double() for x in inputs(5, 8, 4, torch.float64))
-    out, lse = reference.attention(q, k, v, causal=True, scale=0.3)
+    out, lse = reference.attention_reference(q, k, v, causal=True, scale=0.3)
     for i in range(5):
         scores = [0.3 * float(q[1, 2, i] @ k[1, 2, j]) for j in range(i + 8 - 5 + 1)]
         total = sum(math.exp(score) for score in scores)
@@ -71,7 +71,7 @@ def test_rows_that_see_nothing_are_zero_and_pass_nothing(backend: str) -> None:
     assert (out[:, :, 4:] != 0).all()
     out[:, :, :4].sum().backward()
     assert all((x.grad == 0).all() for x in leaves)
-    _, lse = reference.attention(*[x.detach() for x in leaves])
+    _, lse = reference.attention_reference(*[x.detach() for x in leaves])
     assert (lse[:, :, :4] == -math.inf).all()
 
 

@@ -1,0 +1,77 @@
+// The CPU operators, on the LibTorch stable ABI: one library serves torch 2.10 and every later release.
+//
+// Checks here guard memory only; arguments of users are checked, with better words, in igpt_kernels/palette.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+
+#include "palette.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 32768;  // pixels that repay the start of a thread: some 40 us of work
+
+Tensor palette_table(const Tensor& colors) {
+  STD_TORCH_CHECK(colors.is_cpu() && colors.scalar_type() == ScalarType::Double && colors.is_contiguous() &&
+                      colors.dim() == 2 && colors.size(1) == 3 && colors.size(0) >= 1 && colors.size(0) <= 65536,
+                  "colors must be a contiguous float64 CPU tensor [V, 3] with 1 <= V <= 65536");
+  Tensor table = torch::stable::new_empty(colors, {igpt::kColours}, ScalarType::UInt16);
+  auto* entries = static_cast<uint16_t*>(table.mutable_data_ptr());
+  igpt::advise_large_pages(entries);
+  const igpt::Colours palette = igpt::distinct_colours(static_cast<const double*>(colors.const_data_ptr()), colors.size(0));
+  std::atomic<int64_t> next{0};  // blocks differ widely in cost, so threads take one after another
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t block = next++; block < igpt::kBlocks; block = next++) igpt::fill_block(palette, block, entries);
+  });
+  return table;
+}
+
+template <class Token>
+void lookup_all(const Tensor& table, const igpt::Pixels& pixels, const Tensor& tokens) {
+  const auto* entries = static_cast<const uint16_t*>(table.const_data_ptr());
+  auto* out = static_cast<Token*>(tokens.mutable_data_ptr());
+  torch::stable::parallel_for(0, tokens.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    igpt::lookup(entries, pixels, begin, end, out);
+  });
+}
+
+void palette_lookup(const Tensor& table, const Tensor& pixels, int64_t channel_dim, const Tensor& tokens) {
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::UInt16 && table.is_contiguous() &&
+                      table.numel() == igpt::kColours,
+                  "table must be a contiguous uint16 CPU tensor of 2^24 entries");
+  STD_TORCH_CHECK(pixels.is_cpu() && pixels.scalar_type() == ScalarType::Byte && channel_dim >= 0 &&
+                      channel_dim < pixels.dim() && pixels.size(channel_dim) == 3,
+                  "pixels must be a uint8 CPU tensor whose dimension channel_dim has size 3");
+  STD_TORCH_CHECK(tokens.is_cpu() && tokens.is_contiguous() && tokens.numel() == pixels.numel() / 3,
+                  "tokens must be a contiguous CPU tensor with one element for each pixel");
+  if (tokens.numel() == 0) return;
+  const igpt::Pixels view =
+      igpt::pixels_of(static_cast<const uint8_t*>(pixels.const_data_ptr()), pixels.sizes().data(),
+                      pixels.strides().data(), pixels.dim(), channel_dim);
+  switch (tokens.scalar_type()) {
+    case ScalarType::Byte: return lookup_all<uint8_t>(table, view, tokens);
+    case ScalarType::Short:
+    case ScalarType::UInt16: return lookup_all<uint16_t>(table, view, tokens);
+    case ScalarType::Int: return lookup_all<int32_t>(table, view, tokens);
+    case ScalarType::Long: return lookup_all<int64_t>(table, view, tokens);
+    default: STD_TORCH_CHECK(false, "tokens must be uint8, int16, uint16, int32 or int64");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(igpt_kernels, m) {
+  m.def("palette_table(Tensor colors) -> Tensor");
+  m.def("palette_lookup(Tensor table, Tensor pixels, int channel_dim, Tensor(a!) tokens) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(igpt_kernels, CPU, m) {
+  m.impl("palette_table", TORCH_BOX(&palette_table));
+  m.impl("palette_lookup", TORCH_BOX(&palette_lookup));
+}

@@ -1,0 +1,60 @@
+"""The machine a command runs on: its devices, its versions, and torch's repeatable mode."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from igpt.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``--device`` names: ``auto`` (CUDA where there is some), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ConfigError: another word, or a device that this machine does not have.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device: {name} is not there; this machine has cpu and {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextlib.contextmanager
+def reproducible(wanted: bool) -> Iterator[None]:
+    """Context manager: torch's deterministic algorithms inside, as before outside; nothing when not `wanted`."""
+    if not wanted:
+        yield
+        return
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if workspace is None:
+        # Without it cuBLAS picks its workspace anew for each stream, and torch refuses deterministic matrix products.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # it would write each new tensor twice
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    from igpt import __version__
+
+    return {"igpt": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}

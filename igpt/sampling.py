@@ -1,0 +1,399 @@
+"""Drawing images from a model, pixel by pixel with a key/value cache, and completing images of which a part is kept.
+
+Letters: n drawn images, N given images, T = h·w pixels in raster order, V colours, B images drawn at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt.config import CompleteOptions, SampleOptions
+from igpt.errors import ConfigError, NonFiniteError
+from igpt.figures import whole
+from igpt.inputs import images_to_complete, open_model
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from igpt.model import ImageGPT
+
+Array = npt.NDArray[Any]
+
+
+def sample(
+    model: ImageGPT,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Tensor:
+    """Draw `n` images, one pixel after another in raster order.
+
+    Image i is drawn with random numbers that depend on `seed` and i alone: neither the batch size nor `n` changes it
+    (unless the rounding of the logits, which may differ with the batch size, tips a draw: about once in a million pixels).
+    With both `top_k` and `top_p`, the k likeliest colours are renormalised before `top_p` is applied. Ties go to the
+    lower token. No global random state is read or changed, and the model's training mode is put back.
+
+    Args:
+        model: with objective ``ar``.
+        n: images, at least 1.
+        temperature: divides the logits; 1 is the model's own distribution, 0 always takes the likeliest colour.
+        top_k: draw among the k likeliest colours only, 1..V.
+        top_p: draw among the fewest likeliest colours whose probabilities sum to at least this, in (0, 1].
+        seed: 0 or above.
+        batch_size: images drawn at once. The cache takes ``2 · L · B · T · C`` numbers.
+        progress: show a bar of pixels drawn, with images/s.
+
+    Returns:
+        int64 [n, T] on the CPU.
+
+    Raises:
+        ConfigError: an argument out of range (named), or a ``bert`` model, which cannot be sampled.
+        NonFiniteError: a weight is NaN or infinite (named; nothing is drawn), or a logit became so.
+    """
+    n = whole("n", n, 1)
+    seed = whole("seed", seed, 0)
+    rule = _Rule(temperature, top_k, top_p, model.config.vocab_size)
+    tokens = torch.zeros(n, model.config.n_ctx, dtype=torch.int64)
+    keys = [(seed, i) for i in range(n)]
+    return _draw(model, tokens, range(model.config.n_ctx), keys, rule, whole("batch_size", batch_size, 1), progress)
+
+
+def complete(
+    model: ImageGPT,
+    images_or_tokens: Tensor | Array,
+    keep: str | Tensor | Array = "top-half",
+    *,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Tensor:
+    """Keep a part of each image and draw the rest, in raster order.
+
+    A drawn pixel knows the pixels before it, kept or drawn, and not the kept ones that come later. Completion j of image i
+    depends on `seed`, i and j alone, as in `sample`, whose other arguments these are.
+
+    Args:
+        model: with objective ``ar``; needs a palette when images are given.
+        images_or_tokens: images, uint8 [N, h, w, 3] or [h, w, 3]; or tokens, integers [N, T] or [T].
+        keep: what stays: ``"top-half"`` (h // 2 rows), ``"rows:N"``, ``"pixels:N"`` (the first N in raster order), or
+            booleans [h, w] or [T], True = stays.
+        n: completions of each image.
+        temperature, top_k, top_p, seed, batch_size, progress: as in `sample`.
+
+    Returns:
+        int64 [N, n, T] on the CPU; the kept pixels are those given.
+
+    Raises:
+        ConfigError: an argument out of range or of the wrong shape (named), or a ``bert`` model.
+        NonFiniteError: as in `sample`.
+    """
+    config = model.config
+    n = whole("n", n, 1)
+    seed = whole("seed", seed, 0)
+    rule = _Rule(temperature, top_k, top_p, config.vocab_size)
+    kept = keep_mask(keep, config.height, config.width)
+    given = _as_tokens(model, images_or_tokens)
+    count = len(given)
+    # What is not kept is overwritten before it is read; zeroing it makes that visible if it were ever otherwise.
+    known = torch.where(torch.from_numpy(kept), given, 0).repeat_interleave(n, 0)
+    keys = [(seed, i, j) for i in range(count) for j in range(n)]
+    free = [int(position) for position in np.flatnonzero(~kept)]
+    drawn = _draw(model, known, free, keys, rule, whole("batch_size", batch_size, 1), progress)
+    return drawn.view(count, n, config.n_ctx)
+
+
+def keep_mask(keep: str | Tensor | Array, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """The pixels that `keep` means (see `complete`), as bool [T]: True = stays.
+
+    Raises:
+        ConfigError: an unknown word, a number beyond the image, or booleans of another shape.
+    """
+    pixels = height * width
+    if isinstance(keep, str):
+        word, colon, number = keep.partition(":")
+        sizes = {"rows": (width, height), "pixels": (1, pixels)}
+        if keep == "top-half":
+            first = height // 2 * width
+        elif colon and word in sizes and number.isdecimal() and int(number) <= sizes[word][1]:
+            first = int(number) * sizes[word][0]
+        else:
+            raise ConfigError(f"keep must be top-half, rows:0..{height}, pixels:0..{pixels} or a boolean mask, got {keep!r}")
+        return np.arange(pixels) < first
+    mask = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
+    if mask.dtype != np.bool_ or mask.shape not in ((height, width), (pixels,)):
+        raise ConfigError(f"keep must be bool [{height}, {width}] or [{pixels}], got {mask.dtype} {list(mask.shape)}")
+    return mask.reshape(pixels)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise `NonFiniteError` naming the first weight or buffer of `model` that holds a NaN or an infinity."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; the model is broken")
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and `torch.inference_mode` inside; every module's own training flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class _Rule:
+    """How a colour is drawn from logits: temperature, then top-k, then top-p, then the inverse of the distribution."""
+
+    def __init__(self, temperature: float, top_k: int | None, top_p: float | None, colors: int) -> None:
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+            raise ConfigError(f"temperature must be a number of at least 0, got {temperature!r}")
+        if top_k is not None and whole("top_k", top_k, 1) > colors:
+            raise ConfigError(f"top_k must be from 1 to the model's {colors} colours, got {top_k!r}")
+        if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+        self.temperature = temperature
+        self.top_k = colors if top_k is None else top_k
+        self.top_p = 1.0 if top_p is None else top_p
+        self.colors = colors
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """float64 [B, V]: what a colour is drawn with; temperature above 0."""
+        # The maximum goes first, so that a tiny temperature cannot overflow; float64, because near-equal logits of two
+        # batch sizes should give near-equal sums over V terms.
+        wide = logits.double()
+        p = ((wide - wide.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
+        if self.top_k == self.colors and self.top_p == 1.0:
+            return p
+        order = logits.argsort(stable=True, dim=-1, descending=True)
+        ranked = p.gather(-1, order)
+        ranked[:, self.top_k :] = 0
+        ranked = ranked / ranked.sum(-1, keepdim=True)
+        if self.top_p < 1.0:
+            above = F.pad(ranked.cumsum(-1)[:, :-1], (1, 0))  # sum over the likelier colours; 0 for the likeliest, so it stays
+            # The margin lets 6 of 12 equal colours count as half, whatever the rounding of their sum.
+            ranked = ranked.where(above < self.top_p * (1 - 1e-9), 0)
+            ranked = ranked / ranked.sum(-1, keepdim=True)
+        return torch.zeros_like(p).scatter(-1, order, ranked)
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """int64 [B]: one colour for each row of logits [B, V], by its uniform number in [0, 1), float64 [B]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        total = self.probabilities(logits).cumsum(-1)
+        return (total <= uniform[:, None] * total[:, -1:]).sum(-1)  # the first colour whose running sum is above
+
+
+def _draw(
+    model: ImageGPT,
+    known: Tensor,
+    free: Sequence[int],
+    keys: Sequence[tuple[int, ...]],
+    rule: _Rule,
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    """Fill the positions `free` (ascending) of `known` [n, T] in place; row i draws with the numbers of ``keys[i]``."""
+    from tqdm import tqdm
+
+    if model.config.objective != "ar":
+        raise ConfigError("a model with objective 'bert' predicts hidden pixels from all others and cannot draw; it needs 'ar'")
+    check_finite(model)
+    if not free:
+        return known
+    began = time.perf_counter()
+    bar = tqdm(total=len(known) * len(free), unit="px", unit_scale=True, disable=not progress, desc="drawing", leave=False)
+    with evaluating(model), bar:
+        for start in range(0, len(known), batch_size):
+            rows = known[start : start + batch_size].to(model.device)
+            noise = np.stack([np.random.default_rng(key).random(known.shape[1]) for key in keys[start : start + batch_size]])
+            uniform = torch.from_numpy(noise).to(model.device)
+            cache = model.new_cache(len(rows), free[-1] + 1)
+            finite = torch.ones((), dtype=torch.bool, device=model.device)
+            fed = 0
+            for position in free:
+                # Everything known since the last draw in one call: the kept beginning, or a kept stretch in between.
+                logits = model.decode(rows[:, fed:position], cache)
+                finite &= torch.isfinite(logits).all()
+                rows[:, position] = rule.choose(logits, uniform[:, position])
+                fed = position
+                bar.update(len(rows))
+                if progress:
+                    speed = bar.n / len(free) / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"{speed:.3g} images/s", refresh=False)
+            if not bool(finite):
+                raise NonFiniteError(f"the model gave NaN or infinite logits while drawing images from number {start} on")
+            known[start : start + batch_size] = rows.to(known.device)
+    return known
+
+
+def _as_tokens(model: ImageGPT, given: Tensor | Array) -> Tensor:
+    """Images or tokens, as `complete` takes them, to int64 [N, T] on the CPU, never the caller's own memory."""
+    config = model.config
+    array = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if array.ndim >= 3:
+        array = array[None] if array.ndim == 3 else array
+        wanted = (config.height, config.width, 3)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != wanted or not len(array):
+            shape = ", ".join(map(str, wanted))
+            raise ConfigError(
+                f"images_or_tokens must be uint8 [N, {shape}] for this model, got {array.dtype} {list(array.shape)}"
+            )
+        if model.palette is None:
+            raise ConfigError("images_or_tokens are images, but the model has no palette: set model.palette, or give tokens")
+        return model.palette.encode(array).cpu()
+    array = array[None] if array.ndim == 1 else array
+    if not np.issubdtype(array.dtype, np.integer) or array.ndim != 2 or array.shape[1] != config.n_ctx or not len(array):
+        raise ConfigError(
+            f"images_or_tokens must be integers [N, {config.n_ctx}] or uint8 images, got {array.dtype} {list(array.shape)}"
+        )
+    if array.min() < 0 or array.max() >= config.vocab_size:
+        low, high = array.min(), array.max()
+        raise ConfigError(f"images_or_tokens must be tokens from 0 to {config.vocab_size - 1}, got {low}..{high}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def run_sample(options: SampleOptions) -> Path:
+    """The command `igpt sample`: a PNG grid with the settings inside, and the tokens beside it as .npy [n, T].
+
+    Returns:
+        The PNG.
+
+    Raises:
+        IgptError: as `sample` and `open_model`; a model without a palette; files that cannot be written.
+    """
+    from igpt import figures
+
+    _check_outputs(options.out, options.scale)
+    model = open_model(options.model, options.device, options.kernels)
+    decode = _decoder(model)
+    began = time.perf_counter()
+    tokens = sample(
+        model,
+        options.n,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=True,
+    )
+    seconds = time.perf_counter() - began
+    _write(options, model, figures.grid(decode(tokens), scale=options.scale), tokens, seconds)
+    return options.out
+
+
+def run_complete(options: CompleteOptions) -> Path:
+    """The command `igpt complete`: a PNG of originals, kept parts and completions, and the tokens as .npy [N, n, T].
+
+    The images are drawn at random (by `seed`) from the source; see `igpt.inputs.images_to_complete`.
+
+    Returns:
+        The PNG.
+
+    Raises:
+        IgptError: as `complete` and `open_model`; a source that cannot be read; files that cannot be written.
+    """
+    from igpt import figures
+
+    _check_outputs(options.out, options.scale)
+    whole("images", options.images, 1)
+    model = open_model(options.model, options.device, options.kernels)
+    decode = _decoder(model)
+    shape = (model.config.height, model.config.width)
+    keep: str | Array = options.keep
+    if options.keep.endswith(".npy"):
+        from igpt.data.files import open_npy
+
+        keep = np.array(open_npy(Path(options.keep), ndim=2, kinds="b"))
+    mask = keep_mask(keep, *shape).reshape(shape)
+    given = images_to_complete(options, model)
+    began = time.perf_counter()
+    tokens = complete(
+        model,
+        given,
+        mask,
+        n=options.n,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=True,
+    )
+    seconds = time.perf_counter() - began
+    originals = given if given.ndim == 4 else decode(torch.from_numpy(given))
+    _write(options, model, figures.completion_grid(originals, mask, decode(tokens), scale=options.scale), tokens, seconds)
+    return options.out
+
+
+def _check_outputs(out: Path, scale: int | None) -> None:
+    """Find out before anything is drawn, not after, that the picture cannot be written."""
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"out must end in .png, got {str(out)!r}")
+    if out.is_dir():
+        raise ConfigError(f"out is a folder, a file is wanted: {out}")
+    if scale is not None:
+        whole("scale", scale, 1)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out cannot be written: {out.parent}: {error.strerror}") from error
+
+
+def _decoder(model: ImageGPT) -> Callable[[Tensor], npt.NDArray[np.uint8]]:
+    palette = model.palette
+    if palette is None:
+        raise ConfigError("the model has no palette to draw with: put its preprocessor_config.json beside config.json")
+    return lambda tokens: palette.decode(tokens, model.config.height, model.config.width)
+
+
+def _write(
+    options: SampleOptions | CompleteOptions, model: ImageGPT, picture: Image.Image, tokens: Tensor, seconds: float
+) -> None:
+    from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
+
+    from igpt import __version__
+    from igpt.data.files import replacing
+
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
+    versions = {"igpt": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    info = PngInfo()
+    info.add_text("Software", f"igpt-kernels {__version__}")
+    info.add_text("igpt.settings", json.dumps({**settings, "device": str(model.device), "versions": versions}))
+    info.add_text("igpt.model", json.dumps(dataclasses.asdict(model.config)))
+    with replacing(options.out) as part:
+        picture.save(part, format="PNG", pnginfo=info)
+    beside = options.out.with_suffix(".npy")
+    narrow = np.uint8 if model.config.vocab_size <= 256 else np.uint16
+    with replacing(beside) as part, part.open("wb") as file:
+        np.save(file, tokens.numpy().astype(narrow), allow_pickle=False)
+    images = tokens.numel() // model.config.n_ctx
+    tqdm.write(f"{images} images in {seconds:.2f} s ({seconds / images:.3f} s each, {model.device}): {options.out}, {beside}")

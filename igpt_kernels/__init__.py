@@ -1,0 +1,34 @@
+"""Kernels for Image GPT: usable without `igpt`, and without a GPU, a compiler or any extra.
+
+Importing this package costs nothing: torch is imported with the first name taken from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from igpt_kernels.attention import decode_attention, flash_attention
+    from igpt_kernels.backends import explain
+    from igpt_kernels.palette import PaletteTable, palette_lookup
+
+_ROOMS = {
+    "PaletteTable": "palette",
+    "decode_attention": "attention",
+    "explain": "backends",
+    "flash_attention": "attention",
+    "palette_lookup": "palette",
+}
+
+__all__ = ["PaletteTable", "decode_attention", "explain", "flash_attention", "palette_lookup"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,278 @@
+"""Exact colour quantisation: the nearest of V palette colours for every pixel, at the price of one table read.
+
+The answer for the pixel (r, g, b) is the entry (R, G, B) with the least (r-R)² + (g-G)² + (b-B)², evaluated in float64 in that
+order; of equal distances the lowest index wins. There are only 2²⁴ different pixels, so a palette is turned into a table
+of all answers once; after that a lookup costs the same for 2 and for 65,536 colours. Every backend gives the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from igpt_kernels import _ext
+from igpt_kernels._torch import palette as torch_palette
+from igpt_kernels.backends import choose
+from igpt_kernels.checks import check_tensor
+from igpt_kernels.reference import palette_lookup_reference
+
+Backend = Literal["auto", "ext", "torch", "reference"]
+Maker = Literal["ext", "torch"]
+
+# The greatest V whose indices a dtype of tokens holds.
+_CAPACITY = {torch.uint8: 256, torch.int16: 1 << 15, torch.uint16: 1 << 16, torch.int32: 1 << 16, torch.int64: 1 << 16}
+_MAX_COLORS = 1 << 16
+# Colours this far from the cube are a mistake of scale; and from 1e8 on, rounding makes them indistinguishable.
+_MAX_VALUE = float(1 << 20)
+
+
+class PaletteTable:
+    """A palette of V colours and, made at the first lookup, the table of the nearest one to each of the 2²⁴ colours.
+
+    Args:
+        colors: [V, 3] numbers (nested sequence, array or real tensor), 2 <= V <= 65536, on the 0..255 scale of uint8 pixels;
+            fractions and values outside 0..255 are allowed, up to ±2²⁰. Copied.
+        backend: what makes the table and looks pixels up. ``"ext"`` is the compiled extension (CPU tensors), ``"torch"`` is
+            PyTorch operations (any device), ``"reference"`` tries every colour for every pixel, without a table.
+            ``"auto"`` takes ``"ext"`` for pixels on the CPU if the extension is loaded, else ``"torch"``. Asked for by
+            name, a backend never falls back to another.
+
+    The table takes 32 MB on each device that pixels are looked up on, and is cached here. It is made in about 0.03 s of one
+    core by ``"ext"`` and 0.4 s by ``"torch"`` for 512 colours; 65,536 colours on one line, the worst case known, take 20 s.
+    Safe to share between threads; a pickle or copy carries the colours and makes its own table.
+
+    Raises:
+        TypeError: `colors` does not hold real numbers.
+        ValueError: `colors` has another shape or size, or a value that is not finite or beyond ±2²⁰; `backend` is unknown.
+        BackendUnavailable (a ValueError): `backend` is ``"ext"``, and the extension is not loaded; the message says why.
+    """
+
+    def __init__(self, colors: Any, *, backend: Backend = "auto") -> None:
+        self._colors = _checked_colors(colors)
+        choose(backend, _backends(torch.device("cpu")), "PaletteTable")
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def colors(self) -> Tensor:
+        """float64 [V, 3] on the CPU: a copy, so that the table stays true."""
+        return self._colors.clone()
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return self._colors.shape[0]
+
+    def __repr__(self) -> str:
+        return f"PaletteTable({self.size} colors, backend={self._backend!r})"
+
+    def lookup(self, pixels: Tensor, *, channel_dim: int = -1, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The index of the nearest colour of each pixel.
+
+        Args:
+            pixels: uint8 with size 3 (red, green, blue) in `channel_dim`, any other sizes (0 too), any strides, any device.
+            channel_dim: -1 for [..., h, w, 3], -3 for [..., 3, h, w].
+            dtype: of the result: uint8 (V <= 256), int16 (V <= 32768), uint16, int32 or int64.
+
+        Returns:
+            The shape of `pixels` without `channel_dim`, contiguous, on the device of `pixels`. On a CPU ``"ext"`` takes 1 to
+            3 ns a pixel and core, without a copy of `pixels`.
+
+        Raises:
+            TypeError: `pixels` is not a uint8 tensor, or `dtype` not one of the five.
+            ValueError: no dimension `channel_dim`, or its size is not 3; V indices do not fit `dtype`.
+            BackendUnavailable (a ValueError): the backend of this palette, asked for by name, cannot take these pixels.
+        """
+        return _lookup(self, pixels, channel_dim, dtype, self._backend)
+
+    def colors_of(self, tokens: Tensor) -> Tensor:
+        """The colours that tokens stand for.
+
+        Args:
+            tokens: [...] of any integer dtype, 0 <= token < V.
+
+        Returns:
+            float64 [..., 3] on the device of `tokens`.
+
+        Raises:
+            TypeError: `tokens` is not a tensor of integers.
+            ValueError: a token is outside 0..V-1.
+        """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be a torch.Tensor of integers, got {type(tokens).__name__}")
+        if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+            raise TypeError(f"tokens must be a torch.Tensor of integers, got dtype {tokens.dtype}")
+        index = tokens.to(torch.int64)
+        if index.numel() > 0:
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= self.size:
+                raise ValueError(f"tokens must be in 0..{self.size - 1} for a palette of {self.size} colors, got {low}..{high}")
+        return self._colors.to(index.device)[index]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the colours to a safetensors file ("colors", float64 [V, 3]). An existing file is replaced in one step."""
+        from safetensors.torch import save
+
+        target = Path(path)
+        content = save({"colors": self._colors}, metadata={"format": "pt", "kind": "igpt_kernels.PaletteTable"})
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, backend: Backend = "auto") -> PaletteTable:
+        """Read a palette that `save` has written.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not a safetensors file, holds no "colors", or colours that `PaletteTable` refuses.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        content = Path(path).read_bytes()
+        try:
+            tensors = load(content)
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        if "colors" not in tensors:
+            found = ", ".join(sorted(tensors)) or "nothing"
+            raise ValueError(f'{path} is not a palette: it must hold "colors" [V, 3], and holds {found}')
+        try:
+            return cls(tensors["colors"], backend=backend)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"colors": self._colors, "backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._colors = state["colors"].clone()
+        self._backend = state["backend"]
+        self._lock = threading.Lock()
+        self._tables = {}
+
+    def _table(self, maker: Maker, device: torch.device) -> Tensor:
+        """The table made by `maker`, on `device`; uint16 [2²⁴]."""
+        table = self._tables.get((maker, device))
+        return self._make_table(maker, device) if table is None else table
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _make_table(self, maker: Maker, device: torch.device) -> Tensor:
+        # The extension works on the CPU, and Apple's GPUs have no float64; there the table is a copy.
+        home = torch.device("cpu") if maker == "ext" or device.type == "mps" else device
+        with self._lock:
+            if (maker, home) not in self._tables:
+                if maker == "ext":
+                    _ext.require()
+                    self._tables[maker, home] = torch.ops.igpt_kernels.palette_table(self._colors)
+                else:
+                    self._tables[maker, home] = torch_palette.build_table(self._colors.to(home))
+            if (maker, device) not in self._tables:
+                self._tables[maker, device] = self._tables[maker, home].to(device)
+            return self._tables[maker, device]
+
+
+def palette_lookup(
+    pixels: Tensor, table: PaletteTable, *, dtype: torch.dtype = torch.int64, backend: Backend = "auto"
+) -> Tensor:
+    """The index of the nearest palette colour of each pixel.
+
+    Args:
+        pixels: uint8 [..., 3] (red, green, blue), any strides, any device. For other layouts see `PaletteTable.lookup`.
+        table: the palette.
+        dtype: of the result: uint8 (V <= 256), int16 (V <= 32768), uint16, int32 or int64.
+        backend: as in `PaletteTable`; ``"auto"`` is that of `table`.
+
+    Returns:
+        tokens [...] on the device of `pixels`.
+
+    Raises:
+        TypeError: `pixels` is not a uint8 tensor, `table` not a `PaletteTable`, or `dtype` not one of the five.
+        ValueError: the last size of `pixels` is not 3; V indices do not fit `dtype`; `backend` is unknown.
+        BackendUnavailable (a ValueError): the backend asked for by name cannot take these pixels; the message says why.
+    """
+    if not isinstance(table, PaletteTable):
+        raise TypeError(f"table must be a PaletteTable, got {type(table).__name__}; make one with PaletteTable(colors)")
+    return _lookup(table, pixels, -1, dtype, table._backend if backend == "auto" else backend)
+
+
+def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.dtype, backend: Backend) -> Tensor:
+    channel_dim = _checked_pixels(pixels, channel_dim)
+    _check_dtype(dtype, table.size)
+    chosen = choose(backend, _backends(pixels.device), "palette_lookup")
+    if chosen == "reference":
+        colors = table._colors.to(pixels.device)
+        return palette_lookup_reference(pixels.movedim(channel_dim, -1), colors).to(dtype)
+    if chosen == "ext":
+        shape = pixels.shape[:channel_dim] + pixels.shape[channel_dim + 1 :]
+        tokens = torch.empty(shape, dtype=dtype, device=pixels.device)
+        torch.ops.igpt_kernels.palette_lookup(table._table("ext", pixels.device), pixels, channel_dim, tokens)
+        return tokens
+    # Even where the extension cannot look up, "auto" lets it make the table: sooner than a GPU does, the copy included.
+    maker: Maker = "ext" if backend == "auto" and _ext.status().loaded else "torch"
+    return torch_palette.lookup(table._table(maker, pixels.device), pixels, channel_dim, dtype)
+
+
+def _backends(device: torch.device) -> list[tuple[str, list[str]]]:
+    """The backends, best first, each with the reasons why it cannot work on pixels of `device`."""
+    against_ext = [] if _ext.status().loaded else [_ext.status().reason]
+    if device.type != "cpu":
+        against_ext.append(f"it works on CPU tensors, and pixels are on {device}")
+    return [("ext", against_ext), ("torch", []), ("reference", [])]
+
+
+def _checked_colors(colors: Any) -> Tensor:
+    """A contiguous float64 copy [V, 3] on the CPU."""
+    try:
+        given = torch.as_tensor(colors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"colors must be numbers [V, 3], got {type(colors).__name__} ({error})") from error
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(f"colors must be real numbers, got dtype {given.dtype}")
+    if given.ndim != 2 or given.shape[1] != 3 or not 2 <= given.shape[0] <= _MAX_COLORS:
+        raise ValueError(f"colors must have shape [V, 3] with 2 <= V <= {_MAX_COLORS}, got {list(given.shape)}")
+    checked = given.detach().to("cpu", torch.float64, copy=True).contiguous()
+    wrong = ~(checked.abs() <= _MAX_VALUE)
+    if wrong.any():
+        row, channel = (int(place) for place in wrong.nonzero()[0])
+        value = float(checked[row, channel])
+        raise ValueError(
+            f"colors must be finite, on the 0..255 scale, and within ±{_MAX_VALUE:.0f}; colors[{row}, {channel}] is {value}"
+        )
+    return checked
+
+
+def _checked_pixels(pixels: Tensor, channel_dim: int) -> int:
+    """`channel_dim`, counted from the front."""
+    check_tensor("pixels", pixels, dtypes=(torch.uint8,))
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+    if not -pixels.ndim <= channel_dim < pixels.ndim:
+        raise ValueError(f"channel_dim={channel_dim} is no dimension of pixels with shape {list(pixels.shape)}")
+    if pixels.shape[channel_dim] != 3:
+        raise ValueError(
+            f"pixels must have size 3 (red, green, blue) in dimension {channel_dim}, got shape {list(pixels.shape)}"
+        )
+    return channel_dim % pixels.ndim
+
+
+def _check_dtype(dtype: torch.dtype, size: int) -> None:
+    if dtype not in _CAPACITY:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _CAPACITY)
+        raise TypeError(f"dtype must be one of {names}; got {dtype}")
+    if size > _CAPACITY[dtype]:
+        raise ValueError(f"dtype={dtype} holds the indices of at most {_CAPACITY[dtype]} colors, the palette has {size}")
