@@ -153,8 +153,18 @@ def from_mapping(cls: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(f"{cls.__name__}: {str(error).partition('() ')[2] or error}") from error
 
 
+class _Options:
+    """What the options of all commands share: paths may be given as strings."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if "Path" in str(field.type) and isinstance(value, str):
+                object.__setattr__(self, field.name, Path(value))
+
+
 @dataclass(frozen=True)
-class PaletteOptions:
+class PaletteOptions(_Options):
     """Options of `igpt palette`: learn a palette from images, or write a uniform one."""
 
     source: str = ""
@@ -177,13 +187,14 @@ class PaletteOptions:
     """Stop at a damaged image, or skip and count it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "k", "max_pixels")
         if not self.uniform and not self.source:
             raise ConfigError("source is empty: name the images to learn from, for example photos:DIR, or pass --uniform")
 
 
 @dataclass(frozen=True)
-class TokenizeOptions:
+class TokenizeOptions(_Options):
     """Options of `igpt tokenize`: write a data set as palette tokens, one row an image, readable as tokens:FILE."""
 
     source: str
@@ -203,7 +214,7 @@ class TokenizeOptions:
 
 
 @dataclass(frozen=True)
-class PretrainOptions:
+class PretrainOptions(_Options):
     """Options of `igpt pretrain`. The defaults follow the paper (Adam 0.9 / 0.95, no decay, no dropout, cosine to 0)."""
 
     source: str
@@ -282,6 +293,7 @@ class PretrainOptions:
     """Continue the newest complete checkpoint in the run folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(
             self,
             "steps",
@@ -309,7 +321,7 @@ class PretrainOptions:
 
 
 @dataclass(frozen=True)
-class SampleOptions:
+class SampleOptions(_Options):
     """Options of `igpt sample`: draw new images from a model."""
 
     model: str
@@ -337,7 +349,7 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
-class CompleteOptions:
+class CompleteOptions(_Options):
     """Options of `igpt complete`: keep a part of real images, and let the model draw the rest."""
 
     model: str
@@ -373,7 +385,7 @@ class CompleteOptions:
 
 
 @dataclass(frozen=True)
-class ProbeOptions:
+class ProbeOptions(_Options):
     """Options of `igpt probe`: how well does each layer classify? Logistic regression on mean-pooled features."""
 
     model: str
@@ -407,7 +419,7 @@ class ProbeOptions:
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(_Options):
     """Options of `igpt demo`: the whole main job on real data, and one page that shows it."""
 
     out: Path = Path("runs/demo")
@@ -421,7 +433,7 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class InfoOptions:
+class InfoOptions(_Options):
     """Options of `igpt info`: versions, devices, the compiled extension, and which kernels would be chosen."""
 
     json: bool = False

@@ -120,6 +120,9 @@ def _pretrain(out: Path, options: DemoOptions) -> tuple[Section, str]:
     )
     start = time.perf_counter()
     result = pretrain(settings)
+    if result.stopped_by is not None:
+        # What was trained is kept; igpt's command line turns this into the exit code that shells expect of a signal.
+        raise SystemExit(128 + result.stopped_by)
     seconds = time.perf_counter() - start
     curve = out / "loss.png"
     plot_loss(out / "run" / "metrics.jsonl", curve)

@@ -38,7 +38,7 @@ def extract(
         raw: also give the residual stream.
         batch_size: images in a forward pass.
         masks: one pass for each; None, or bool [N, T] for ``bert``.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
 
     Returns:
         ``"normed"`` and, with `raw`, ``"raw"``: [masks, L+1, N, C].
@@ -55,7 +55,7 @@ def extract(
     # The input of every block, and of ln_f, is the residual stream: reading it along the way saves a second forward pass.
     watched = [*model.blocks, model.ln_f] if raw else []
     handles = [module.register_forward_pre_hook(note) for module in watched]
-    bar = tqdm(total=len(masks) * len(tokens), unit="image", desc="features", disable=not progress, leave=False)
+    bar = tqdm(total=len(masks) * len(tokens), unit="image", desc="features", disable=None if progress else True, leave=False)
     try:
         with evaluating(model), bar:
             for vote, mask in enumerate(masks):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from igpt.config import CompleteOptions, ProbeOptions
 from igpt.errors import ConfigError, DataError
@@ -35,18 +34,11 @@ def open_model(source: str, device: str, kernels: str) -> ImageGPT:
         CheckpointError: no readable model there.
     """
     from igpt.checkpoint import resolve_model
+    from igpt.machine import pick_device
     from igpt.model import ImageGPT
     from igpt.swap import use_kernels
 
-    count = torch.cuda.device_count()
-    try:
-        target = torch.device(("cuda" if count else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if target.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if target.type == "cuda" and (target.index or 0) >= count:
-        raise ConfigError(f"device {device!r} is not there: PyTorch finds {count} CUDA devices on this machine")
+    target = pick_device(device)
     model = ImageGPT.from_pretrained(resolve_model(source), device=target)
     if kernels == "auto":
         use_kernels(model)
@@ -123,7 +115,9 @@ def _read(source: Source, chosen: npt.NDArray[np.int64]) -> tuple[Array, npt.NDA
     if source.kind == "tokens":
         return source.tokens(chosen), chosen
     parts = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
-    batches = [source.read(part) for part in tqdm(parts, desc="reading", leave=False, disable=len(parts) == 1)]
+    batches = [
+        source.read(part) for part in tqdm(parts, desc="reading", leave=False, disable=True if len(parts) == 1 else None)
+    ]
     return np.concatenate([batch.images for batch in batches]), np.concatenate([batch.indices for batch in batches])
 
 

@@ -318,9 +318,8 @@ class ImageGPT(nn.Module):
             raise TypeError(f"tokens must be an int64 tensor [B,T], got {getattr(tokens, 'dtype', type(tokens).__name__)}")
         context = self.config.n_ctx
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= context or (self.sos is None and tokens.shape[1] != context):
-            raise ValueError(
-                f"tokens must be [B,T] with T = {self.config.height} x {self.config.width} = {context}, got {tuple(tokens.shape)}"
-            )
+            size = f"{self.config.height} x {self.config.width} = {context}"
+            raise ValueError(f"tokens must be [B,T] with T = {size}, got {tuple(tokens.shape)}")
         # Values are read on the CPU only: on a GPU that would wait for the device on every step.
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
             low, high = int(tokens.min()), int(tokens.max())

@@ -15,7 +15,6 @@ Letters: N images, L layers, C width, S splits.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from igpt.errors import ConfigError, DataError, need
 from igpt.features import extract, vote_masks
 from igpt.figures import whole
 from igpt.inputs import images_to_probe, open_model
+from igpt.machine import versions
 from igpt.sampling import check_finite
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def linear_probe(
         seeds: splits; split s uses the seed ``seed + s``.
         seed: first seed, 0 or above.
         batch_size: images in a forward pass.
-        progress: show bars.
+        progress: show bars, on a terminal.
 
     Returns:
         A `ProbeResult`. Without `test`, it says nothing about images that the model itself has never seen: pretraining
@@ -220,12 +220,7 @@ def linear_probe(
         "solver": "lbfgs, multinomial, L2, on features standardised by the training part",
         "votes": len(masks),
         "model": dataclasses.asdict(model.config),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
-        },
+        "versions": {**versions(), "scikit-learn": sklearn.__version__},
     }
     return ProbeResult(
         normed=found["normed"],
@@ -317,7 +312,7 @@ class _Fitter:
         self._not_converged: type[Warning] = need("sklearn.exceptions", "eval").ConvergenceWarning
         self.fits = 0
         self.not_converged = 0
-        self.bar = tqdm(total=total, unit="fit", desc="probing", disable=not progress, leave=False)
+        self.bar = tqdm(total=total, unit="fit", desc="probing", disable=None if progress else True, leave=False)
 
     def layers(self, features: npt.NDArray[np.float32], labels: Array, splits: Sequence[tuple[Array, Array]]) -> Floats:
         """Accuracy [S, layers] of features [votes, layers, N, C]."""

@@ -24,6 +24,7 @@ from igpt.config import CompleteOptions, SampleOptions
 from igpt.errors import ConfigError, NonFiniteError
 from igpt.figures import whole
 from igpt.inputs import images_to_complete, open_model
+from igpt.machine import versions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +60,7 @@ def sample(
         top_p: draw among the fewest likeliest colours whose probabilities sum to at least this, in (0, 1].
         seed: 0 or above.
         batch_size: images drawn at once. The cache takes ``2 · L · B · T · C`` numbers.
-        progress: show a bar of pixels drawn, with images/s.
+        progress: show a bar of pixels drawn, with images/s, on a terminal.
 
     Returns:
         int64 [n, T] on the CPU.
@@ -228,7 +229,14 @@ def _draw(
     if not free:
         return known
     began = time.perf_counter()
-    bar = tqdm(total=len(known) * len(free), unit="px", unit_scale=True, disable=not progress, desc="drawing", leave=False)
+    bar = tqdm(
+        total=len(known) * len(free),
+        unit="px",
+        unit_scale=True,
+        disable=None if progress else True,
+        desc="drawing",
+        leave=False,
+    )
     with evaluating(model), bar:
         for start in range(0, len(known), batch_size):
             rows = known[start : start + batch_size].to(model.device)
@@ -244,7 +252,7 @@ def _draw(
                 rows[:, position] = rule.choose(logits, uniform[:, position])
                 fed = position
                 bar.update(len(rows))
-                if progress:
+                if not bar.disable:
                     speed = bar.n / len(free) / (time.perf_counter() - began)
                     bar.set_postfix_str(f"{speed:.3g} images/s", refresh=False)
             if not bool(finite):
@@ -384,10 +392,9 @@ def _write(
     from igpt.data.files import replacing
 
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
-    versions = {"igpt": __version__, "torch": torch.__version__, "numpy": np.__version__}
     info = PngInfo()
     info.add_text("Software", f"igpt-kernels {__version__}")
-    info.add_text("igpt.settings", json.dumps({**settings, "device": str(model.device), "versions": versions}))
+    info.add_text("igpt.settings", json.dumps({**settings, "device": str(model.device), "versions": versions()}))
     info.add_text("igpt.model", json.dumps(dataclasses.asdict(model.config)))
     with replacing(options.out) as part:
         picture.save(part, format="PNG", pnginfo=info)

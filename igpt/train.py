@@ -329,7 +329,7 @@ class _Trainer:
         if self.saved == (self.step, tuple(self.pending)):
             return
         self.metrics.flush_to_disk()
-        state = {name: getattr(self, name) for name in _STATE} | {"versions": versions()}
+        state = {name: getattr(self, name) for name in _STATE} | {"conditions": self._conditions()}
         self.checkpoint = save_checkpoint(
             self.run, self.step, model=self.model, optimizer=self.optimizer, state=state, keep=self.options.keep
         )
@@ -345,9 +345,14 @@ class _Trainer:
             setattr(self, name, value)
         self.saved = (self.step, tuple(self.pending))
         self.say(f"resume: {checkpoint}")
-        old, new = state.get("versions"), versions()
-        if old != new:
-            self.say(f"resume: versions changed from {old} to {new}; the run goes on, but not bit for bit")
+        old, new = state.get("conditions", {}), self._conditions()
+        changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
+        if changed:
+            self.say(f"resume: {', '.join(changed)}; the run goes on, but no longer bit for bit as it began")
+
+    def _conditions(self) -> dict[str, str]:
+        """What rounding depends on, besides the settings."""
+        return versions() | {"device": str(self.device), "threads": str(torch.get_num_threads())}
 
     def _not_finite(self, loss: float, norm: float, rate: float) -> NonFiniteError:
         """Write what is known about the failed step, and give the error to raise."""

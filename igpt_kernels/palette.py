@@ -216,7 +216,7 @@ def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.
     chosen = choose(backend, _backends(pixels.device), "palette_lookup")
     if chosen == "reference":
         colors = table._colors.to(pixels.device)
-        return palette_lookup_reference(pixels.movedim(channel_dim, -1), colors).to(dtype)
+        return palette_lookup_reference(pixels.movedim(channel_dim, -1).contiguous(), colors).to(dtype)
     if chosen == "ext":
         shape = pixels.shape[:channel_dim] + pixels.shape[channel_dim + 1 :]
         tokens = torch.empty(shape, dtype=dtype, device=pixels.device)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_learning_rate_rises_in_a_line_then_falls_by_a_cosine() -> None:
     assert found[6] == pytest.approx(0.004 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert found[8] == pytest.approx(0.002)
     assert found[12] == pytest.approx(0.0, abs=1e-18)
-    assert all(a >= b for a, b in zip(found[4:], found[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(found[4:]))
 
 
 def test_learning_rate_without_warmup_starts_at_the_peak_and_ends_at_the_final_share() -> None:

@@ -98,6 +98,7 @@ def test_the_answer_is_a_pure_function_of_its_arguments() -> None:
     again = linear_probe(model, (torch.from_numpy(noisy), torch.from_numpy(labels)), pixels=False, seed=3, batch_size=7)
     for a, b in ((first.normed, again.normed), (first.raw, again.raw), (first.untrained, again.untrained)):
         assert np.array_equal(a, b)  # type: ignore[arg-type]
+    assert not np.array_equal(first.normed, first.untrained)  # type: ignore[arg-type]
     other = linear_probe(model, (noisy, labels), pixels=False, seed=30)
     assert not np.array_equal(first.normed, other.normed)
     shifted = linear_probe(model, (noisy, labels), pixels=False, seed=4, untrained=False, raw=False)
@@ -155,10 +156,11 @@ def test_only_the_training_part_is_looked_at_before_testing(monkeypatch: pytest.
 
 def test_a_test_set_of_its_own_is_used_once() -> None:
     model, (tokens, labels) = small(), separable(60)
-    found = linear_probe(model, (tokens, labels), (tokens[:9], (labels[:9] + 1) % 3), pixels=False, seeds=5)
+    found = linear_probe(model, (tokens, labels), (tokens[:10], (labels[:10] + 1) % 3), pixels=False, seeds=5)
     assert found.normed.shape == (1, 3)
     assert found.normed.max() == 0  # the labels of the test set are all wrong on purpose
-    assert (found.settings["train_images"], found.settings["test_images"], found.settings["splits"]) == (60, 9, 1)
+    assert (found.settings["train_images"], found.settings["test_images"], found.settings["splits"]) == (60, 10, 1)
+    assert found.chance == 0.4
     with pytest.raises(ConfigError, match=r"classes that train has not: \[5\]"):
         linear_probe(model, (tokens, labels), (tokens[:2], np.array([0, 5])), pixels=False)
 

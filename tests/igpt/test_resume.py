@@ -254,13 +254,16 @@ def test_a_state_that_makes_no_sense_is_named(options: Options, name: str, value
         pretrain(options(resume=True), progress=False)
 
 
-def test_other_versions_are_said(options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_conditions_are_said(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(room, "versions", lambda: {"torch": "1.0"})
         pretrain(options(), progress=False)
     pretrain(options(resume=True, keep=5))
     err = capsys.readouterr().err
-    assert "versions changed from {'torch': '1.0'}" in err
+    assert f"resume: igpt None -> 0.1.0, torch 1.0 -> {torch.__version__}, " in err
+    assert "threads" not in err
     assert "resume: keep: 2 -> 5" in err
 
 
@@ -362,7 +365,7 @@ def _main(folder: Path, rounds: int) -> None:
             seen["finished"] += 1
             if traces(options.out) != whole:
                 seen["different"].append(options.out.name)
-    print(json.dumps(seen))  # noqa: T201
+    print(json.dumps(seen))
 
 
 if __name__ == "__main__":

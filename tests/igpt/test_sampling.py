@@ -108,6 +108,8 @@ def test_one_colour_to_choose_from_is_greedy() -> None:
     fresh = ImageGPT(model.config)  # zero head: all colours tie, and the lowest wins
     assert torch.equal(sample(fresh, 2, top_k=1), torch.zeros(2, 24, dtype=torch.int64))
     assert sample(fresh, 20, top_k=3).unique().tolist() == [0, 1, 2]
+    many = sampling._Rule(1.0, 5, None, 4096).probabilities(torch.zeros(1, 4096))
+    assert many[0, :5].tolist() == pytest.approx([0.2] * 5)
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 3, 12])
