@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format bench golden wheel clean
+.PHONY: help env demo test gpu check format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/
 
 test: env ## All tests.
 	@$(BIN)/python -m pytest -q -n $${JOBS:-2} tests
+
+gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU. Installs nothing.
+	@$(PYTHON) setup.py -q build_ext --inplace
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
 
 check: env ## Format, lint, types.
 	@$(BIN)/ruff format --check --quiet . || ($(BIN)/ruff format --diff --quiet .; exit 1)

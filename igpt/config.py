@@ -424,7 +424,7 @@ class DemoOptions(_Options):
 
     out: Path = Path("runs/demo")
     """Folder for the run and report.html."""
-    steps: int = 1200
+    steps: int = 1500
     """Pretraining steps."""
     fresh: bool = True
     """Start over; --no-fresh continues an interrupted demo."""

@@ -46,6 +46,7 @@ class Corpus:
         common: dict[str, Any] = {"height": options.height, "width": options.width, "val_fraction": options.val_fraction}
         common |= {"seed": options.seed, "bad_images": options.bad_images}
         source = open_source(options.source, split="train", augment=options.augment, **common)
+        common |= {"height": source.height, "width": source.width}  # the first held-out picture could have another size
         held_out = None
         try:
             held_out = open_source(options.source, split="val", **common)
@@ -65,6 +66,12 @@ class Corpus:
             count = min(options.val_images, len(held_out))
             with TokenBatches(held_out, self.palette, options.batch_size, options.seed) as batches:
                 self.val_tokens = torch.cat([part.int() for part in self._parts(batches, count, "reading validation images")])
+        self._held_out = held_out
+
+    @property
+    def skipped(self) -> int:
+        """Damaged images met so far, in the place of which others were taken."""
+        return self.train.source.skipped + (0 if self._held_out is None else self._held_out.skipped)
 
     def _parts(self, batches: TokenBatches, count: int, what: str) -> Iterator[Tensor]:
         """The first `count` images of the first epoch's order, in their evaluation form, as int64 [<=256,T]."""

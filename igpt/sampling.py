@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.config import CompleteOptions, SampleOptions
+from igpt.drawing import Rule, race, stream
 from igpt.errors import ConfigError, NonFiniteError
 from igpt.figures import whole
 from igpt.inputs import images_to_complete, open_model
@@ -47,8 +46,9 @@ def sample(
 ) -> Tensor:
     """Draw `n` images, one pixel after another in raster order.
 
-    Image i is drawn with random numbers that depend on `seed` and i alone: neither the batch size nor `n` changes it
-    (unless the rounding of the logits, which may differ with the batch size, tips a draw: about once in a million pixels).
+    Image i is drawn with random numbers that depend on `seed` and i alone: neither the batch size nor `n` changes it.
+    (Only the rounding of the logits, which may differ with the batch size, can tip a draw: 7 in ten million pixels for the
+    `tiny` model with 512 colours in float32.)
     With both `top_k` and `top_p`, the k likeliest colours are renormalised before `top_p` is applied. Ties go to the
     lower token. No global random state is read or changed, and the model's training mode is put back.
 
@@ -71,7 +71,7 @@ def sample(
     """
     n = whole("n", n, 1)
     seed = whole("seed", seed, 0)
-    rule = _Rule(temperature, top_k, top_p, model.config.vocab_size)
+    rule = Rule(temperature, top_k, top_p, model.config.vocab_size)
     tokens = torch.zeros(n, model.config.n_ctx, dtype=torch.int64)
     keys = [(seed, i) for i in range(n)]
     return _draw(model, tokens, range(model.config.n_ctx), keys, rule, whole("batch_size", batch_size, 1), progress)
@@ -113,7 +113,7 @@ def complete(
     config = model.config
     n = whole("n", n, 1)
     seed = whole("seed", seed, 0)
-    rule = _Rule(temperature, top_k, top_p, config.vocab_size)
+    rule = Rule(temperature, top_k, top_p, config.vocab_size)
     kept = keep_mask(keep, config.height, config.width)
     given = _as_tokens(model, images_or_tokens)
     count = len(given)
@@ -169,54 +169,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-class _Rule:
-    """How a colour is drawn from logits: temperature, then top-k, then top-p, then the inverse of the distribution."""
-
-    def __init__(self, temperature: float, top_k: int | None, top_p: float | None, colors: int) -> None:
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-            raise ConfigError(f"temperature must be a number of at least 0, got {temperature!r}")
-        if top_k is not None and whole("top_k", top_k, 1) > colors:
-            raise ConfigError(f"top_k must be from 1 to the model's {colors} colours, got {top_k!r}")
-        if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-        self.temperature = temperature
-        self.top_k = colors if top_k is None else top_k
-        self.top_p = 1.0 if top_p is None else top_p
-        self.colors = colors
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """float64 [B, V]: what a colour is drawn with; temperature above 0."""
-        # The maximum goes first, so that a tiny temperature cannot overflow; float64, because near-equal logits of two
-        # batch sizes should give near-equal sums over V terms.
-        wide = logits.double()
-        p = ((wide - wide.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
-        if self.top_k == self.colors and self.top_p == 1.0:
-            return p
-        order = logits.argsort(stable=True, dim=-1, descending=True)
-        ranked = p.gather(-1, order)
-        ranked[:, self.top_k :] = 0
-        ranked = ranked / ranked.sum(-1, keepdim=True)
-        if self.top_p < 1.0:
-            above = F.pad(ranked.cumsum(-1)[:, :-1], (1, 0))  # sum over the likelier colours; 0 for the likeliest, so it stays
-            # The margin lets 6 of 12 equal colours count as half, whatever the rounding of their sum.
-            ranked = ranked.where(above < self.top_p * (1 - 1e-9), 0)
-            ranked = ranked / ranked.sum(-1, keepdim=True)
-        return torch.zeros_like(p).scatter(-1, order, ranked)
-
-    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """int64 [B]: one colour for each row of logits [B, V], by its uniform number in [0, 1), float64 [B]."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        total = self.probabilities(logits).cumsum(-1)
-        return (total <= uniform[:, None] * total[:, -1:]).sum(-1)  # the first colour whose running sum is above
-
-
 def _draw(
     model: ImageGPT,
     known: Tensor,
     free: Sequence[int],
     keys: Sequence[tuple[int, ...]],
-    rule: _Rule,
+    rule: Rule,
     batch_size: int,
     progress: bool,
 ) -> Tensor:
@@ -240,8 +198,7 @@ def _draw(
     with evaluating(model), bar:
         for start in range(0, len(known), batch_size):
             rows = known[start : start + batch_size].to(model.device)
-            noise = np.stack([np.random.default_rng(key).random(known.shape[1]) for key in keys[start : start + batch_size]])
-            uniform = torch.from_numpy(noise).to(model.device)
+            streams = torch.tensor([stream(*key) for key in keys[start : start + batch_size]], device=model.device)
             cache = model.new_cache(len(rows), free[-1] + 1)
             finite = torch.ones((), dtype=torch.bool, device=model.device)
             fed = 0
@@ -249,7 +206,7 @@ def _draw(
                 # Everything known since the last draw in one call: the kept beginning, or a kept stretch in between.
                 logits = model.decode(rows[:, fed:position], cache)
                 finite &= torch.isfinite(logits).all()
-                rows[:, position] = rule.choose(logits, uniform[:, position])
+                rows[:, position] = rule.choose(logits, race(streams, position, rule.colors))
                 fed = position
                 bar.update(len(rows))
                 if not bar.disable:

@@ -48,6 +48,7 @@ class TrainResult:
         histogram_loss: the per-position histogram baseline on the same validation images.
         checkpoint: the newest checkpoint.
         parameters: numbers in the model.
+        skipped: damaged images met in this life of the run (``bad_images="skip"``).
         stopped_by: the signal that ended the run early, or None.
     """
 
@@ -59,6 +60,7 @@ class TrainResult:
     histogram_loss: float | None = None
     checkpoint: Path | None = None
     parameters: int = 0
+    skipped: int = 0
     stopped_by: int | None = None
 
 
@@ -72,6 +74,8 @@ def run_pretrain(options: PretrainOptions) -> int:
     for name, loss in losses.items():
         if loss is not None:
             parts.append(f"{name} {loss:.4f} nats = {loss * BITS:.4f} bits per pixel")
+    if result.skipped:
+        parts.append(f"{result.skipped} damaged images skipped")
     tqdm.write(", ".join(parts))
     if result.stopped_by is None:
         return 0
@@ -205,6 +209,7 @@ class _Trainer:
             histogram_loss=self.histogram_loss,
             checkpoint=self.checkpoint,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            skipped=self.data.skipped,
             stopped_by=self.signals.received if self.pending or self.step < options.steps else None,
         )
 
@@ -249,7 +254,7 @@ class _Trainer:
             pixels_per_second=speed,
             seconds=time.perf_counter() - self.began,
         )
-        self.bar.set_postfix_str(f"{loss:.4f} nats = {loss * BITS:.4f} bits per pixel, {speed:.3g} pixels/s")
+        self.bar.set_postfix_str(f"{loss:.4f} nats = {loss * BITS:.4f} bits per pixel, {speed / 1000:,.1f}k pixels/s")
         self.window, self.busy = [], 0.0
 
     def _losses(self, tokens: Tensor, mask: Tensor | None, size: int) -> Iterator[Tensor]:

@@ -97,7 +97,8 @@ def test_zero_biases_are_read_as_zero(tmp_path: Path) -> None:
 
 
 def test_transformers_reads_a_checkpoint(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     (folder,) = saved(tmp_path, 3)
     theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder).eval()
     tokens = torch.randint(0, 5, (2, 12))
@@ -275,6 +276,27 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, changes: dict[
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="step-4: no such folder"):
         load_checkpoint(tmp_path / "step-4", model=made()[0])
+
+
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def flush(handle: int) -> None:
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path / "checkpoints"))
+        fsync(handle)
+
+    def move(source: Path, target: Path) -> None:
+        done.append(f"{source.name} -> {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", move)
+    (folder,) = saved(tmp_path, 1)
+    end = done.index(".tmp-step-1 -> step-1")
+    assert set(done[:end]) >= {f".tmp-step-1/{path.name}" for path in folder.iterdir()}
+    assert done[end - 2 :] == [".tmp-step-1/COMPLETE", ".tmp-step-1", ".tmp-step-1 -> step-1", "."]
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "replace"])

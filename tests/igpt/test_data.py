@@ -391,6 +391,9 @@ class TestTokenBatches:
             for step in range(5, 12):
                 assert torch.equal(resumed.batch(step), first[step])
         if augment:
+            with open_source(f"photos:{photos}", height=6, width=6, split="all", augment=True) as source:
+                crops = source.images(order(6, 2, 20, 4), seed=2, first=20)
+            assert torch.equal(first[5], palette.encode(crops))
             draws = order(6, 2, 0, 48)
             rows = torch.cat(first)
             assert any(not torch.equal(rows[i], rows[j]) for i in range(24) for j in range(i) if draws[i] == draws[j])

@@ -78,6 +78,9 @@ class TestFit:
         palette = Palette.fit(pixels, 17, progress=False)
         np.testing.assert_array_equal(palette.colors, np.repeat(np.rint(np.arange(17) * 255 / 16)[:, None], 3, axis=1))
         assert palette.error(pixels) == (0.0, math.inf)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "sklearn.cluster", None)  # nothing to learn, nothing needed
+            assert Palette.fit(pixels, 17).size == 17
         with pytest.raises(ConfigError, match="only 17 different colours; ask for at most 17"):
             Palette.fit(pixels, 512)
 
@@ -108,9 +111,11 @@ class TestFit:
         np.testing.assert_array_equal(few.colors, Palette.fit(photo, 64, seed=1, max_pixels=3000, progress=False).colors)
         assert (one.colors != few.colors).any()
 
-    def test_is_near_a_minimum(self, photo: np.ndarray) -> None:
-        palette = Palette.fit(photo, 64, progress=False)
-        pixels = photo.reshape(-1, 3)
+    @pytest.mark.parametrize("repeats", [1, 50])
+    def test_is_near_a_minimum(self, photo: np.ndarray, repeats: int) -> None:
+        # Repeated, some colours weigh much more than others: the minimum is another one.
+        pixels = np.concatenate([photo.reshape(-1, 3), *[photo[:30, :40].reshape(-1, 3)] * (repeats - 1)])
+        palette = Palette.fit(pixels, 64, progress=False)
         token = nearest(pixels, palette.colors)
         means = np.stack([pixels[token == v].mean(axis=0) for v in range(64)])  # every colour is used
         before = ((pixels - palette.colors[token]) ** 2).sum(1).mean()

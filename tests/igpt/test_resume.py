@@ -105,11 +105,15 @@ def test_validation_and_sampling_break_off_and_are_made_up_for(options: Options,
         assert (first.step, first.stopped_by) == (step, signal.SIGTERM)
         state = json.loads((first.run / "checkpoints" / f"step-{step}" / "state.json").read_text())
         assert state["pending"][0] == where.strip("_")
-    # A second interruption at the same place, and a kill after the late validation but before the next checkpoint.
+    # A second interruption at the same place, and then a death after the late work but before it is in a checkpoint.
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, step, where=where)
         again = pretrain(options("a", resume=True), progress=False)
     assert (again.step, again.stopped_by) == (step, signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "save_checkpoint", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretrain(options("a", resume=True), progress=False)
     for name in ("a", "b"):
         assert traces(pretrain(options(name, resume=True), progress=False).run) == traces(whole.run)
 

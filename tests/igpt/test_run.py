@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from igpt import run as room
 from igpt.config import PretrainOptions
 from igpt.errors import CheckpointError, ConfigError
 from igpt.run import (
@@ -95,6 +96,23 @@ def test_locks_that_flock_does_not_know_of(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="process 7 on elsewhere, since noon; if it is gone for good, delete"):
         RunLock(tmp_path).__enter__()
     assert (tmp_path / LOCK).exists()
+
+
+def test_a_lock_file_removed_while_it_is_taken_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, calls = room._flock, []
+
+    def slow(handle: int) -> bool:
+        calls.append(handle)
+        if len(calls) == 1:  # the former owner ends just between our open and our flock
+            (tmp_path / LOCK).unlink()
+        return take(handle)
+
+    monkeypatch.setattr(room, "_flock", slow)
+    with RunLock(tmp_path):
+        assert len(calls) == 2
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(CheckpointError, match="another run"):
+            RunLock(tmp_path).__enter__()
 
 
 def test_a_folder_made_for_a_run_that_never_began_goes_away(tmp_path: Path) -> None:
@@ -213,6 +231,10 @@ def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step // 5  # seen at once
     metrics.flush_to_disk()
     metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20}')  # a line without its end is no line, even if it reads like one
+    Metrics(tmp_path, 20).close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
     Metrics(tmp_path, 20).close()

@@ -16,6 +16,7 @@ from PIL import Image
 import igpt
 from igpt import sampling
 from igpt.config import CompleteOptions, ImageGPTConfig, SampleOptions
+from igpt.drawing import race, stream
 from igpt.errors import ConfigError, DataError, IgptError, NonFiniteError
 from igpt.model import ImageGPT
 from igpt.palette import Palette
@@ -40,19 +41,14 @@ def greys(count: int) -> Palette:
 def oracle(
     model: ImageGPT, given: torch.Tensor, kept: np.ndarray, key: tuple[int, ...], temperature: float = 1.0
 ) -> torch.Tensor:
-    """One image [T] by a whole forward pass for every pixel and a loop over colours."""
-    uniform = np.random.default_rng(key).random(len(kept))
+    """One image [T] by a whole forward pass for every pixel, and a loop over colours for the first to arrive."""
     tokens = given.clone()
     for position in np.flatnonzero(~kept):
         with torch.no_grad():
             logits = model(tokens[None]).logits[0, position].double().numpy()
         weights = np.exp(logits / temperature)
-        target, total = uniform[position] * weights.sum(), 0.0
-        color = -1
-        while total <= target:
-            color += 1
-            total += weights[color]
-        tokens[position] = color
+        times = race(torch.tensor([stream(*key)]), int(position), len(weights))[0].tolist()
+        tokens[position] = min(range(len(weights)), key=lambda color: times[color] / weights[color])
     return tokens
 
 
@@ -108,29 +104,6 @@ def test_one_colour_to_choose_from_is_greedy() -> None:
     fresh = ImageGPT(model.config)  # zero head: all colours tie, and the lowest wins
     assert torch.equal(sample(fresh, 2, top_k=1), torch.zeros(2, 24, dtype=torch.int64))
     assert sample(fresh, 20, top_k=3).unique().tolist() == [0, 1, 2]
-    many = sampling._Rule(1.0, 5, None, 4096).probabilities(torch.zeros(1, 4096))
-    assert many[0, :5].tolist() == pytest.approx([0.2] * 5)
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 3, 12])
-@pytest.mark.parametrize("top_p", [None, 0.05, 0.5, 0.9, 0.999999])
-def test_top_k_and_top_p_keep_the_right_colours(top_k: int | None, top_p: float | None) -> None:
-    logits = 2 * torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
-    logits[0] = 0
-    logits[1, 3:9] = 2.0
-    found = sampling._Rule(0.7, top_k, top_p, 12).probabilities(logits).numpy()
-    for row, p in zip(logits.double().numpy() / 0.7, found, strict=True):
-        ranked = sorted(range(12), key=lambda color: (-row[color], color))[:top_k]
-        weights = {color: math.exp(row[color]) for color in ranked}
-        total, kept = sum(weights.values()), []
-        for color in ranked:  # the shortest beginning that reaches top_p
-            kept.append(color)
-            if top_p is not None and sum(weights[color] for color in kept) / total >= top_p - 1e-12:
-                break
-        expected = np.zeros(12)
-        for color in kept:
-            expected[color] = weights[color] / sum(weights[color] for color in kept)
-        np.testing.assert_allclose(p, expected, atol=1e-12)
 
 
 def test_images_come_with_the_probability_that_the_model_gives_them() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from igpt import train as room
 from igpt.checkpoint import latest_checkpoint
-from igpt.config import PretrainOptions
+from igpt.config import PretrainOptions, preset
 from igpt.corpus import histogram_baseline
 from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, NonFiniteError
 from igpt.model import ImageGPT, ImageGPTOutput
@@ -197,6 +197,52 @@ def test_masks_are_fixed_by_seed_and_step(options: Options) -> None:
         assert not torch.equal(first, other)
 
 
+def test_each_step_hides_its_own_pixels(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    forward = ImageGPT.forward
+
+    def spy(self: ImageGPT, tokens: Tensor, targets: Tensor | None = None, **more: Any) -> ImageGPTOutput:
+        if self.training:
+            seen.append(more["mask"])
+        return forward(self, tokens, targets, **more)
+
+    monkeypatch.setattr(ImageGPT, "forward", spy)
+    pretrain(options("run", objective="bert", steps=2, accumulate=2), progress=False)
+    drawn = trainer(options("again", objective="bert"))
+    assert torch.equal(torch.cat(seen), torch.cat([drawn._mask("training", step, 8) for step in range(2)]))
+
+
+def test_the_best_validation_is_kept(options: Options) -> None:
+    opened = trainer(options())
+    opened.began, opened.histogram_loss = 0.0, 1.0
+    for best, wanted in ((None, math.log(5)), (0.5, 0.5), (9.0, math.log(5))):
+        opened.best_val_loss = best
+        opened._validate()
+        assert opened.val_loss == pytest.approx(math.log(5), rel=1e-6)
+        assert opened.best_val_loss == pytest.approx(wanted, rel=1e-6)
+    opened.metrics.close()
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, save = os.fsync, room.save_checkpoint
+
+    def flush(handle: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def saving(*args: Any, **named: Any) -> Path:
+        done.append("save")
+        return save(*args, **named)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(room, "save_checkpoint", saving)
+    pretrain(options(), progress=False)
+    assert [done[index - 1] for index, what in enumerate(done) if what == "save"] == ["metrics.jsonl"] * 2
+
+
 def test_the_golden_loss_curve(tmp_path: Path) -> None:
     golden = json.loads((GOLDEN / "loss_curve.json").read_text())
     run = pretrain(PretrainOptions(out=tmp_path / "run", **golden["options"]), progress=False).run
@@ -224,6 +270,8 @@ def test_sampling_and_validating_change_nothing(options: Options) -> None:
 
 def test_nothing_of_the_process_is_changed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    other = ImageGPT(preset("tiny", n_layer=1, n_embd=8, height=2, width=2)).blocks[0].attn
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
@@ -247,7 +295,13 @@ def test_nothing_of_the_process_is_changed(options: Options, monkeypatch: pytest
     update = room._Trainer._update
 
     def spy(self: Any) -> None:
-        seen.append((torch.are_deterministic_algorithms_enabled(), active(self.model.blocks[0].attn, "attention")))
+        seen.append(
+            (
+                torch.are_deterministic_algorithms_enabled(),
+                active(self.model.blocks[0].attn, "attention"),
+                active(other, "attention"),
+            )
+        )
         update(self)
 
     monkeypatch.setattr(room._Trainer, "_update", spy)
@@ -257,7 +311,8 @@ def test_nothing_of_the_process_is_changed(options: Options, monkeypatch: pytest
     assert state() == before
     assert seen[0][0] is True
     assert seen[0][1] is not None
-    assert seen[-1] == (False, None)
+    assert seen[0][2] is None  # only the model in training
+    assert seen[-1] == (False, None, None)
     broken = options("c", lr=1e30, warmup=0)
     with pytest.raises(NonFiniteError):
         pretrain(broken, progress=False)
@@ -456,6 +511,21 @@ def test_digits_with_a_learned_palette(tmp_path: Path, capsys: pytest.CaptureFix
     assert model.palette.size == model.config.vocab_size == 8
     assert result.val_loss is not None
     assert result.val_loss * BITS <= 3.0  # no worse than 8 even colours
+
+
+def test_damaged_photographs_stop_the_run_or_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    colors = np.random.default_rng(0).integers(0, 256, (12, 3, 4, 3), dtype=np.uint8)
+    for number, pixels in enumerate(colors):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:60])
+    settings: dict[str, Any] = {"source": f"photos:{folder}", "palette": "uniform:8", "n_layer": 1, "n_head": 1, "n_embd": 8}
+    settings |= {"steps": 3, "batch_size": 4, "sample_every": 0}
+    with pytest.raises(DataError, match=r"05\.png"):
+        pretrain(PretrainOptions(out=tmp_path / "a", **settings), progress=False)
+    assert run_pretrain(PretrainOptions(out=tmp_path / "b", bad_images="skip", **settings)) == 0
+    assert "1 damaged images skipped" in capsys.readouterr().out
 
 
 def test_metrics_that_cannot_be_written_stop_the_run(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
