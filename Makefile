@@ -25,8 +25,9 @@ $(STAMP): $(SOURCES)
 demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/report.html (minutes on 2 cores).
 	@$(BIN)/igpt demo --out runs/demo
 
+# One thread to a worker: two workers of two threads on two cores wait for each other's OpenMP teams, 5 times longer.
 test: env ## All tests.
-	@$(BIN)/python -m pytest -q -n $${JOBS:-2} tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} tests
 
 gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU. Installs nothing.
 	@$(PYTHON) setup.py -q build_ext --inplace

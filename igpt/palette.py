@@ -142,7 +142,7 @@ class Palette:
             DataError: not uint8 [...,3], or empty.
             MissingExtra: scikit-learn is not installed.
 
-        Cost: 2 million pixels of photographs, k = 512: about 10 s on 2 cores.
+        Cost: 2 million pixels of photographs, k = 512: about 10 s on 2 idle cores.
         """
         pixels = _checked(images).reshape(-1, 3)
         if not 2 <= k <= 65536 or max_pixels < 1 or seed < 0:

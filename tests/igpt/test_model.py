@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 import igpt
 from igpt.config import ImageGPTConfig
@@ -41,7 +42,6 @@ def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
 def test_equals_transformers(head_dim: int, tokens: torch.Tensor) -> None:
-    transformers = pytest.importorskip("transformers")
     from igpt.pretrained import _hf_config, _to_hf
 
     model = small(head_dim)

@@ -187,13 +187,16 @@ class TestEncode:
 
     def test_any_memory(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
         palette = Palette.uniform(64)
+        torch.set_warn_always(True)
         images = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
         wanted = palette.encode(images[::-1, ::2, ::-1].copy())
         assert torch.equal(palette.encode(images[::-1, ::2, ::-1]), wanted)
         np.save(tmp_path / "x.npy", images)
         assert torch.equal(palette.encode(np.load(tmp_path / "x.npy", mmap_mode="r")[::-1, ::2, ::-1]), wanted)
+        assert torch.equal(palette.encode(np.load(tmp_path / "x.npy", mmap_mode="r")), palette.encode(images))
         planes = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         assert torch.equal(palette.encode(planes.permute(0, 2, 3, 1)), palette.encode(images))
+        torch.set_warn_always(False)
         assert not recwarn
 
     def test_ties_take_the_lowest(self) -> None:
@@ -346,6 +349,7 @@ class TestFiles:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         with pytest.raises(CheckpointError, match=r"pip install 'igpt-kernels\[hf\]'"):
             Palette.from_pretrained("openai/imagegpt-small")
+        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
         asked.clear()
         for path in ("nowhere", "./a/b", "/no/where", "a/b.json", "a/b.npy", tmp_path / "gone" / "x", ""):
             with pytest.raises(CheckpointError):

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import igpt
@@ -17,8 +19,6 @@ from igpt.config import ImageGPTConfig
 from igpt.errors import CheckpointError
 from igpt.model import ImageGPT
 from igpt.palette import Palette
-
-transformers = pytest.importorskip("transformers")
 
 
 def small(**changes: Any) -> ImageGPT:
@@ -211,18 +211,16 @@ def test_palette_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_missing_folder_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         ImageGPT.from_pretrained(tmp_path / "nowhere")
-    hub = pytest.importorskip("huggingface_hub")
 
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("offline")
 
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match="hub"):
         ImageGPT.from_pretrained("someone/imagegpt")
 
 
 def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: torch.Tensor) -> None:
-    hub = pytest.importorskip("huggingface_hub")
     model = small()
     model.save_pretrained(tmp_path)
     asked: list[str] = []
@@ -232,6 +230,6 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         asked.append(name)
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert torch.equal(igpt.ImageGPT.from_pretrained("someone/imagegpt")(tokens).logits, model(tokens).logits)
     assert asked == ["someone/imagegpt"]
