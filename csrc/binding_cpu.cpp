@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "palette.h"
@@ -15,7 +16,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 32768;  // pixels that repay the start of a thread: some 40 us of work
+constexpr int64_t kShare = 32768;  // pixels: some 40 us of work, enough to repay the start of a thread
+
+// Calls work(i) for 0 <= i < count, on all threads of torch. They take one i after another, because blocks of the table
+// differ widely in cost, and because a core may be busy elsewhere.
+template <class Work>
+void share(int64_t count, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) work(i);
+  });
+}
 
 Tensor palette_table(const Tensor& colors) {
   STD_TORCH_CHECK(colors.is_cpu() && colors.scalar_type() == ScalarType::Double && colors.is_contiguous() &&
@@ -25,10 +37,7 @@ Tensor palette_table(const Tensor& colors) {
   auto* entries = static_cast<uint16_t*>(table.mutable_data_ptr());
   igpt::advise_large_pages(entries);
   const igpt::Colours palette = igpt::distinct_colours(static_cast<const double*>(colors.const_data_ptr()), colors.size(0));
-  std::atomic<int64_t> next{0};  // blocks differ widely in cost, so threads take one after another
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t block = next++; block < igpt::kBlocks; block = next++) igpt::fill_block(palette, block, entries);
-  });
+  share(igpt::kBlocks, [&](int64_t block) { igpt::fill_block(palette, block, entries); });
   return table;
 }
 
@@ -36,8 +45,9 @@ template <class Token>
 void lookup_all(const Tensor& table, const igpt::Pixels& pixels, const Tensor& tokens) {
   const auto* entries = static_cast<const uint16_t*>(table.const_data_ptr());
   auto* out = static_cast<Token*>(tokens.mutable_data_ptr());
-  torch::stable::parallel_for(0, tokens.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    igpt::lookup(entries, pixels, begin, end, out);
+  const int64_t count = tokens.numel();
+  share((count + kShare - 1) / kShare, [&](int64_t i) {
+    igpt::lookup(entries, pixels, i * kShare, std::min(count, (i + 1) * kShare), out);
   });
 }
 

@@ -233,8 +233,9 @@ class PretrainOptions(_Options):
     """Rows in tokens; the source's own size when left out."""
     width: int | None = None
     """Columns in tokens."""
-    palette: str = "fit:512"
-    """fit:K learns K colours from the training images, uniform:K spaces them evenly, anything else is a palette folder."""
+    palette: str = "auto"
+    """auto: 512 colours learned from the training images (all of them where they have fewer). fit:K learns K, uniform:K
+    spaces them evenly, anything else is a palette folder."""
     attention: tuple[str, ...] = ("dense",)
     """Attention pattern(s), cycled over the layers."""
     objective: Objective = "ar"

@@ -103,7 +103,6 @@ def _pretrain(out: Path, options: DemoOptions) -> tuple[Section, str]:
     settings = PretrainOptions(
         source="digits",
         out=out / "run",
-        palette="fit:17",
         steps=options.steps,
         batch_size=32,
         n_layer=6,
@@ -133,7 +132,7 @@ def _pretrain(out: Path, options: DemoOptions) -> tuple[Section, str]:
         f"needs {baseline:.3f}."
     )
     command = (
-        f"igpt pretrain digits --out {settings.out} --palette fit:17 --steps {settings.steps} "
+        f"igpt pretrain digits --out {settings.out} --steps {settings.steps} "
         f"--batch-size {settings.batch_size} --n-embd {settings.n_embd} --weight-decay {settings.weight_decay} "
         f"--warmup {settings.warmup}"
     )

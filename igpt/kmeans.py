@@ -25,14 +25,14 @@ def learn_colors(pixels: NDArray[np.uint8], k: int, *, max_pixels: int, seed: in
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, k])))
     if len(pixels) > max_pixels:
         pixels = pixels[even_draw(len(pixels), max_pixels, generator)]
-    points, counts = _different(pixels)
+    points, counts = different_colors(pixels)
     if len(points) < k:
         raise ConfigError(f"k = {k}, but the images have only {len(points)} different colours; ask for at most {len(points)}")
     if len(points) == k:
         return _dark_to_bright(points.astype(np.float64))
     chosen, weights = points, counts
     if len(points) > _MAX_POINTS:
-        sample, sample_weights = _different(pixels[even_draw(len(pixels), _MAX_POINTS, generator)])
+        sample, sample_weights = different_colors(pixels[even_draw(len(pixels), _MAX_POINTS, generator)])
         if len(sample) >= k:
             chosen, weights = sample, sample_weights
     centers = _k_means(chosen.astype(np.float64), weights.astype(np.float64), k, int(generator.integers(2**31)), progress)
@@ -44,7 +44,7 @@ def even_draw(n: int, count: int, generator: np.random.Generator) -> NDArray[np.
     return ((np.arange(count) + generator.random(count)) * (n / count)).astype(np.int64).clip(max=n - 1)
 
 
-def _different(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def different_colors(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The different colours, uint8 [u,3], and how often each occurs, int64 [u]."""
     code = pixels.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
     codes, counts = np.unique(code, return_counts=True)

@@ -23,7 +23,7 @@ from igpt.data.open import open_source
 from igpt.data.source import Source
 from igpt.data.tokens import TokenSource
 from igpt.errors import CheckpointError, ConfigError, DataError, IgptError
-from igpt.kmeans import even_draw, learn_colors
+from igpt.kmeans import different_colors, even_draw, learn_colors
 from igpt_kernels.palette import PaletteTable
 
 # Colours are multiples of 2^-16: then every squared distance to a uint8 pixel fits into the 53 bits of a float64, and the form
@@ -282,12 +282,14 @@ class Palette:
 def parse_palette(
     text: str, images: Source | ArrayLike, *, max_pixels: int = 2_000_000, seed: int = 0, progress: bool = True
 ) -> Palette:
-    """The palette that `--palette` names: ``fit:K``, ``uniform:K``, or a folder, file or hub id for `from_pretrained`.
+    """The palette that `--palette` names: ``auto``, ``fit:K``, ``uniform:K``, or what `Palette.from_pretrained` reads.
+
+    ``auto`` is ``fit:512`` (the paper's size), or, of images with fewer different colours, exactly those.
 
     Args:
         text: the name.
-        images: uint8 [...,3] or a `Source`, looked at for ``fit:K`` only. A token file cannot be fitted: there ``fit:K`` means
-            the palette stored beside it.
+        images: uint8 [...,3] or a `Source`, looked at for ``auto`` and ``fit:K`` only. A token file cannot be fitted: there
+            they mean the palette stored beside it.
         max_pixels, seed, progress: as in `Palette.fit`.
 
     Raises:
@@ -295,9 +297,11 @@ def parse_palette(
         IgptError: as `Palette.fit`, `Palette.uniform` and `Palette.from_pretrained`.
     """
     kind, separator, number = text.partition(":")
-    if kind not in ("fit", "uniform") or not separator:
+    if text == "auto":
+        kind, number = "fit", ""
+    elif kind not in ("fit", "uniform") or not separator:
         return Palette.from_pretrained(text)
-    if not re.fullmatch(r"[0-9]{1,6}", number):
+    elif not re.fullmatch(r"[0-9]{1,6}", number):
         raise ConfigError(f"palette: {kind}:K wants a number of colours, got {text!r}")
     if kind == "uniform":
         return Palette.uniform(int(number))
@@ -308,7 +312,8 @@ def parse_palette(
         return own
     if isinstance(images, Source):
         images = sample_pixels(images, max_pixels, seed)
-    return Palette.fit(images, int(number), max_pixels=max_pixels, seed=seed, progress=progress)
+    k = int(number) if number else min(512, len(different_colors(_checked(images).reshape(-1, 3))[0]))
+    return Palette.fit(images, k, max_pixels=max_pixels, seed=seed, progress=progress)
 
 
 def sample_pixels(source: Source, max_pixels: int, seed: int = 0) -> NDArray[np.uint8]:

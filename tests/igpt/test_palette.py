@@ -465,3 +465,11 @@ class TestSamplePixels:
         monkeypatch.setattr("igpt.palette._MIN_IMAGES", 16)
         assert len(sample_pixels(source, 100_000)) == 100_000
         assert len(asked) == len(set(asked)) == 25
+
+
+def test_auto_takes_what_colours_there_are() -> None:
+    """512, or every colour of images that have fewer."""
+    few = np.array([[0, 0, 0], [9, 9, 9], [9, 9, 9], [200, 1, 7]], dtype=np.uint8)
+    assert parse_palette("auto", few).size == 3
+    many = np.random.default_rng(0).integers(0, 256, (3000, 3), dtype=np.uint8)
+    assert parse_palette("auto", many, progress=False).size == 512

@@ -205,10 +205,10 @@ def test_every_dtype_holds_the_largest_palette_it_may(dtype: torch.dtype, size: 
     colors = np.full((size, 3), 200.0)
     colors[-1] = 10
     table = PaletteTable(colors)
-    pixels = torch.tensor([[200, 201, 199], [9, 10, 11]], dtype=torch.uint8)
+    pixels = torch.tensor([[200, 201, 199], [9, 10, 11]] * 3, dtype=torch.uint8)
     tokens = palette_lookup(pixels, table, dtype=dtype, backend=backend)
     assert tokens.dtype == dtype
-    assert tokens.tolist() == [0, size - 1]
+    assert tokens.tolist() == [0, size - 1] * 3
 
 
 def test_a_dtype_too_small_for_the_palette_is_refused() -> None:
@@ -218,7 +218,7 @@ def test_a_dtype_too_small_for_the_palette_is_refused() -> None:
             PaletteTable(np.zeros((size, 3))).lookup(pixels, dtype=dtype)
 
 
-def test_many_threads_and_pixels_beyond_one_share_of_work() -> None:
+def test_many_callers_and_pixels_beyond_one_share_of_work() -> None:
     """Shares of work begin in the middle of rows, and rows in the middle of shares."""
     images = torch.randint(0, 256, (3, 211, 307, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     cropped = images[:, 1:-1, 5:-3]
