@@ -54,13 +54,13 @@ def run_info(options: InfoOptions) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    print(f"python      {facts['python']} on {facts['platform']}")
+    print(f"python        {facts['python']} on {facts['platform']}")
     for name, version in facts["versions"].items():
-        print(f"{name:12s}{version}")
+        print(f"{name:14s}{version}")
     for device in facts["devices"]:
-        print(f"device      {device}")
+        print(f"device        {device}")
     extension = facts["extension"]
-    print(f"extension   {'loaded: ' + extension['path'] if extension['loaded'] else 'not loaded: ' + extension['reason']}")
+    print(f"extension     {'loaded: ' + extension['path'] if extension['loaded'] else 'not loaded: ' + extension['reason']}")
     for op, rows in facts["backends, best first"].items():
         for case, words in rows.items():
             print(f"{op:18s}{case:15s}{' > '.join(words)}")
