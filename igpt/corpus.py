@@ -153,7 +153,7 @@ def _palette(options: PretrainOptions, source: Source, checkpoint: Path | None, 
         return Palette.from_pretrained(checkpoint) if (checkpoint / "preprocessor_config.json").exists() else None
     if not isinstance(source, TokenSource):
         return parse_palette(options.palette, source, seed=options.seed, progress=progress)
-    if options.palette.startswith("fit:"):
+    if options.palette == "auto" or options.palette.startswith("fit:"):
         return source.palette  # None is enough to train on; only pictures cannot be drawn then
     palette = parse_palette(options.palette, source)
     if palette.size < source.vocab_size:

@@ -110,7 +110,7 @@ def _pretrain(out: Path, options: DemoOptions) -> tuple[Section, str]:
         n_embd=96,
         lr=0.003,
         weight_decay=0.1,
-        warmup=50,
+        warmup=min(50, options.steps // 10),
         val_every=max(options.steps // 12, 1),
         checkpoint_every=max(options.steps // 3, 1),
         sample_every=max(options.steps // 3, 1),

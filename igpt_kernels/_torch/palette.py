@@ -25,7 +25,7 @@ class _Cells:
     side: int
     origin: Tensor  # int64 [n, 3]: the least red, green and blue of each cell
     cell: Tensor  # int64 [P], ascending: the cell of each pair
-    candidate: Tensor  # int64 [P], ascending within a cell: its palette colour
+    candidate: Tensor  # int64 [P]: its palette colour
 
 
 def build_table(colors: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _all_cells(colors: Tensor) -> _Cells:
     _, group = torch.unique(colors, dim=0, return_inverse=True)
     place = torch.arange(colors.shape[0], device=device)
     lowest = torch.full_like(place, colors.shape[0]).scatter_reduce_(0, group, place, "amin")
-    candidates = lowest[lowest < colors.shape[0]].sort().values
+    candidates = lowest[lowest < colors.shape[0]]
     steps = torch.arange(0, 256, _FIRST_SIDE, device=device)
     origin = torch.cartesian_prod(steps, steps, steps)
     n = origin.shape[0]
