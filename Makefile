@@ -33,11 +33,12 @@ gpu: ## On a machine with a GPU and torch: build in place, run the tests that ne
 	@$(PYTHON) setup.py -q build_ext --inplace
 	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
 
-check: env ## Format, lint, types.
+check: env ## Format, lint, types; imports point one way and cost nothing.
 	@$(BIN)/ruff format --check --quiet . || ($(BIN)/ruff format --diff --quiet .; exit 1)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
-	@echo "format, lint and types are clean"
+	@$(BIN)/python -m pytest -q tests/test_arrows.py
+	@echo "format, lint, types and imports are clean"
 
 format: env ## Rewrite the sources in the project's format.
 	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .

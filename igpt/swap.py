@@ -26,20 +26,20 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {"attention": ("torch", "reference")}
 Request = str | bool
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What runs, by operation: a backend name, or None for plain PyTorch."""
-
-    attention: str | None = None
+# What runs, by operation: a backend name, or None for plain PyTorch. A plain dictionary, never changed once made:
+# torch 2.11 cannot guard an object of a class of ours that it finds in a table or a thread's storage.
+Settings = dict[str, str | None]
 
 
 class _Table(threading.local):
     """The settings of this thread's innermost region; None outside any region."""
 
-    region: Settings | None = None
+    def __init__(self) -> None:
+        # On the instance from the start: torch 2.11 does not notice one that comes to hide a default of the class.
+        self.region: Settings | None = None
 
 
-_process = {"settings": Settings()}
+_process: dict[str, Settings] = {"settings": {"attention": None}}
 _thread = _Table()
 _calls: Counter[str] = Counter()
 
@@ -49,12 +49,12 @@ def active(module: nn.Module, op: str) -> str | None:
 
     A setting of the model's own wins over this thread's region, and that over the process default.
     """
-    settings = getattr(module, "kernels", None)
+    settings: Settings | None = getattr(module, "kernels", None)
     if settings is None:
         settings = _thread.region
     if settings is None:
         settings = _process["settings"]
-    backend: str | None = getattr(settings, op)
+    backend = settings[op]
     if backend is not None and not torch.compiler.is_compiling():
         _calls[op] += 1
     return backend
@@ -97,7 +97,7 @@ class KernelReport:
         if self._restored:
             return
         self._restored = True
-        if isinstance(self._before, Settings):
+        if isinstance(self._before, dict):
             _process["settings"] = self._before
         else:
             for module, settings in self._before:
@@ -105,7 +105,7 @@ class KernelReport:
 
     def __enter__(self) -> KernelReport:
         # A region belongs to its thread: the process default goes back at once, and only this thread keeps the setting.
-        if isinstance(self._before, Settings):
+        if isinstance(self._before, dict):
             self.restore()
             self._region_before.append(_thread.region)
             _thread.region = self._settings
@@ -219,7 +219,7 @@ def use_kernels(
     rows.append(_palette_row(palette))
     if strict and unmet:
         raise ConfigError("use_kernels(strict=True) cannot be met: " + "; ".join(unmet))
-    settings = Settings(attention=chosen["attention"])
+    settings: Settings = {"attention": chosen["attention"]}
     before: list[tuple[nn.Module, Settings | None]] | Settings
     if modules is None:
         before = _process["settings"]

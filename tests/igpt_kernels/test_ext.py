@@ -62,6 +62,7 @@ def test_auto_is_ext_and_torch_by_name_never_uses_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.ops.igpt_kernels, "palette_lookup", refuse)
     assert torch.equal(palette_lookup(PIXELS, table, backend="torch"), wanted)
     assert torch.equal(palette_lookup(PIXELS, PaletteTable(COLORS), backend="torch"), wanted)
+    assert torch.equal(palette_lookup(PIXELS, PaletteTable(COLORS, backend="torch")), wanted)
     assert torch.equal(palette_lookup(PIXELS, table, backend="reference"), wanted)
     with pytest.raises(AssertionError, match="the extension was called"):
         table.lookup(PIXELS)
