@@ -425,7 +425,7 @@ class DemoOptions(_Options):
 
     out: Path = Path("runs/demo")
     """Folder for the run and report.html."""
-    steps: int = 1500
+    steps: int = 1200
     """Pretraining steps."""
     fresh: bool = True
     """Start over; --no-fresh continues an interrupted demo."""

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +43,9 @@ class PaletteTable:
             ``"auto"`` takes ``"ext"`` for pixels on the CPU if the extension is loaded, else ``"torch"``. Asked for by
             name, a backend never falls back to another.
 
-    The table takes 32 MB on each device that pixels are looked up on, and is cached here. It is made in about 0.03 s of one
-    core by ``"ext"`` and 0.4 s by ``"torch"`` for 512 colours; 65,536 colours on one line, the worst case known, take 20 s.
-    Safe to share between threads; a pickle or copy carries the colours and makes its own table.
+    The table takes 32 MB on each device that pixels are looked up on, and is cached here. For 512 colours it costs one core
+    about 0.03 s with ``"ext"`` and 0.4 s with ``"torch"``; for 65,536, 0.3 s and 3 s, or where all of them lie on one line,
+    the worst case known, 25 s with ``"ext"``. Safe to share between threads; a pickle or copy carries the colours and makes its own table.
 
     Raises:
         TypeError: `colors` does not hold real numbers.
@@ -222,7 +223,7 @@ def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.
         tokens = torch.empty(shape, dtype=dtype, device=pixels.device)
         torch.ops.igpt_kernels.palette_lookup(table._table("ext", pixels.device), pixels, channel_dim, tokens)
         return tokens
-    # Even where the extension cannot look up, "auto" lets it make the table: sooner than a GPU does, the copy included.
+    # Even where the extension cannot look up, "auto" lets it make the table, which is then copied to the device.
     maker: Maker = "ext" if backend == "auto" and _ext.status().loaded else "torch"
     return torch_palette.lookup(table._table(maker, pixels.device), pixels, channel_dim, dtype)
 
@@ -237,15 +238,24 @@ def _backends(device: torch.device) -> list[tuple[str, list[str]]]:
 
 def _checked_colors(colors: Any) -> Tensor:
     """A contiguous float64 copy [V, 3] on the CPU."""
-    try:
-        given = torch.as_tensor(colors)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"colors must be numbers [V, 3], got {type(colors).__name__} ({error})") from error
-    if given.dtype == torch.bool or given.is_complex():
-        raise TypeError(f"colors must be real numbers, got dtype {given.dtype}")
-    if given.ndim != 2 or given.shape[1] != 3 or not 2 <= given.shape[0] <= _MAX_COLORS:
-        raise ValueError(f"colors must have shape [V, 3] with 2 <= V <= {_MAX_COLORS}, got {list(given.shape)}")
-    checked = given.detach().to("cpu", torch.float64, copy=True).contiguous()
+    if isinstance(colors, Tensor):
+        real = not (colors.is_complex() or colors.dtype == torch.bool)
+        kind, shape = f"a tensor of {colors.dtype}", list(colors.shape)
+    else:
+        try:
+            colors = np.asarray(colors)  # not torch.as_tensor, which makes float32 of Python's floats
+        except ValueError as error:
+            raise TypeError(f"colors must be numbers [V, 3], got rows that do not fit together ({error})") from error
+        real = colors.dtype.kind in "iuf"
+        kind, shape = f"an array of {colors.dtype}", list(colors.shape)
+    if not real:
+        raise TypeError(f"colors must be real numbers [V, 3], got {kind}")
+    if len(shape) != 2 or shape[1] != 3 or not 2 <= shape[0] <= _MAX_COLORS:
+        raise ValueError(f"colors must have shape [V, 3] with 2 <= V <= {_MAX_COLORS}, got {shape}")
+    if isinstance(colors, Tensor):
+        checked = colors.detach().to("cpu", torch.float64, copy=True).contiguous()
+    else:
+        checked = torch.from_numpy(colors.astype(np.float64, order="C"))
     wrong = ~(checked.abs() <= _MAX_VALUE)
     if wrong.any():
         row, channel = (int(place) for place in wrong.nonzero()[0])

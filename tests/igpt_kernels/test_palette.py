@@ -246,11 +246,14 @@ def test_many_callers_and_pixels_beyond_one_share_of_work() -> None:
         ([[0, 0, 0], [1, math.nan, 1]], ValueError, r"finite.*colors\[1, 1\] is nan"),
         ([[0, 0, 0], [1, 1, -math.inf]], ValueError, r"colors\[1, 2\] is -inf"),
         ([[0, 0, 0], [1e9, 1, 1]], ValueError, r"0\.\.255 scale.*colors\[1, 0\] is 1000000000"),
-        ("red", TypeError, r"colors must be numbers \[V, 3\], got str"),
-        ([["a", "b", "c"], ["d", "e", "f"]], TypeError, "colors must be numbers"),
-        (None, TypeError, "colors must be numbers"),
-        (np.zeros((4, 3), bool), TypeError, "got dtype torch.bool"),
-        (np.zeros((4, 3), complex), TypeError, "got dtype torch.complex128"),
+        ("red", TypeError, r"colors must be real numbers \[V, 3\], got an array of <U3"),
+        ([[0, 0, 0], [1, 1]], TypeError, "rows that do not fit together"),
+        (None, TypeError, "got an array of object"),
+        (np.zeros((4, 3), bool), TypeError, "got an array of bool"),
+        (np.zeros((4, 3), complex), TypeError, "got an array of complex128"),
+        (torch.zeros(4, 3, dtype=torch.bool), TypeError, "got a tensor of torch.bool"),
+        (torch.zeros(4, 3, dtype=torch.complex64), TypeError, "got a tensor of torch.complex64"),
+        (torch.zeros(3, 4), ValueError, r"got \[3, 4\]"),
     ],
 )
 def test_bad_colors(colors: object, error: type[Exception], words: str) -> None:
@@ -287,6 +290,16 @@ def test_bad_table_and_backend() -> None:
         palette_lookup(pixels, PaletteTable(_random(4)), backend="cuda")
     with pytest.raises(ValueError, match="backend must be auto, ext, torch, reference"):
         PaletteTable(_random(4), backend="fast")
+
+
+def test_colors_of_every_kind_keep_their_digits() -> None:
+    rows = [[0.1, 0.2, 0.3], [255 / 7, -1e-9, 128.3]]
+    wanted = np.array(rows)
+    for colors in (rows, wanted, wanted.astype(">f8"), np.asfortranarray(wanted), torch.tensor(rows, dtype=torch.float64)):
+        assert PaletteTable(colors).colors.tolist() == rows
+    integers = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)
+    for whole in (integers, integers.numpy().astype(np.uint16), integers.bfloat16().requires_grad_(), integers.T.clone().T):
+        assert PaletteTable(whole).colors.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_colors_are_a_copy_both_ways() -> None:
