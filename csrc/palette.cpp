@@ -38,8 +38,8 @@ void fill_cell(const Cell& cell, uint16_t index, uint16_t* table) {
 //
 // Colour k cannot win if some j is strictly nearer to every colour of the cell. The difference of the two true squared
 // distances is affine over the cell, so its minimum is its value at the centre less half the side times twice
-// |k - j|_1. An evaluated distance is within 8 * 2^-53 of the true one, relatively; `slack` is more than fifty times what
-// that can add up to for two distances anywhere in the cell, so no winner and no tie is ever dropped.
+// |k - j|_1. An evaluated distance is within 8 * 2^-53 of the true one, relatively; `slack` is more than thirty times what
+// the roundings of two distances and of the bound can add up to, so no winner and no tie is ever dropped.
 void keep_near(const Cell& cell, const Colours& all, std::vector<double>& distance, Colours& near) {
   const int64_t n = all.size();
   const double half = 0.5 * (cell.side - 1);

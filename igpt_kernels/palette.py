@@ -44,8 +44,9 @@ class PaletteTable:
             name, a backend never falls back to another.
 
     The table takes 32 MB on each device that pixels are looked up on, and is cached here. For 512 colours it costs one core
-    about 0.03 s with ``"ext"`` and 0.4 s with ``"torch"``; for 65,536, 0.3 s and 3 s, or where all of them lie on one line,
-    the worst case known, 25 s with ``"ext"``. Safe to share between threads; a pickle or copy carries the colours and makes its own table.
+    about 0.03 s with ``"ext"`` and 0.4 s with ``"torch"``; for 65,536, 0.3 s and 3 s. Palettes whose colours all lie on one
+    line are the worst known: 0.2 s and 3 s for 512, 25 s and many minutes for 65,536.
+    Safe to share between threads; a pickle or copy carries the colours and makes its own table.
 
     Raises:
         TypeError: `colors` does not hold real numbers.

@@ -20,7 +20,7 @@ def palette_lookup_reference(pixels: Tensor, colors: Tensor) -> Tensor:
         colors: float64 [V, 3], on the device of `pixels`.
 
     Returns:
-        int64 [...]. Costs 20 bytes a pixel and about V nanoseconds a pixel and core.
+        int64 [...]. Costs some 60 bytes and about 4·V nanoseconds a pixel.
     """
     red, green, blue = pixels.to(torch.float64).unbind(-1)
     least = torch.full_like(red, torch.inf)
@@ -39,7 +39,7 @@ def palette_table_reference(colors: Tensor) -> Tensor:
         colors: float64 [V, 3].
 
     Returns:
-        int64 [2²⁴] on the device of `colors`. Costs about V / 60 seconds of one core.
+        int64 [2²⁴] on the device of `colors`. Costs about V / 45 seconds of one core.
     """
     levels = np.arange(256, dtype=np.float64)
     red, green, blue = np.square(levels - colors.cpu().numpy().T[:, :, None])  # each [V, 256]
