@@ -228,3 +228,18 @@ def test_bf16_autocast_stays_near_fp32(tokens: torch.Tensor) -> None:
         assert cache.keys[0].dtype == torch.bfloat16
         model.decode(tokens[:, :5], cache)
     assert rough.item() == pytest.approx(model(tokens, tokens).loss.item(), rel=0.02)
+
+
+def test_initial_weights_follow_the_paper() -> None:
+    torch.manual_seed(0)
+    model = ImageGPT(ImageGPTConfig(n_layer=8, n_head=2, n_embd=256, height=16, width=16))
+    block = model.blocks[3]
+    # 0.125 / sqrt(fan_in), and what writes into the residual stream divided by sqrt(2 L) = 4.
+    expected = {"attn.qkv": 0.125 / 16, "attn.proj": 0.125 / 16 / 4, "fc": 0.125 / 16, "proj": 0.125 / 32 / 4}
+    for name, std in expected.items():
+        assert block.get_submodule(name).weight.std().item() == pytest.approx(std, rel=0.02), name
+    tables = {"wte": (model.wte.weight, 0.02), "wpe": (model.wpe.weight, 0.01)}
+    for name, (table, std) in tables.items():
+        assert table.std().item() == pytest.approx(std, rel=0.02), name
+    assert model.head.weight.abs().max() == 0
+    assert all((block.ln_1.weight == 1).all() for block in model.blocks)
