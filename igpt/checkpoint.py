@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from igpt.errors import CheckpointError, NonFiniteError
+from igpt.errors import CheckpointError, DataError, NonFiniteError
 
 if TYPE_CHECKING:
     from igpt.model import ImageGPT
@@ -169,10 +169,11 @@ def save_checkpoint(
             os.rename(final, old)
         os.rename(part, final)
         _flush(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DataError) as error:  # DataError: a file of the model could not be written
         if old.exists() and not final.exists():
             os.rename(old, final)
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        cause = error.__cause__ if isinstance(error, DataError) else error
+        why = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
         raise CheckpointError(f"cannot write checkpoint {final}: {why}; older checkpoints are untouched") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

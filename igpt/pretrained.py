@@ -6,9 +6,7 @@ Reads what transformers writes (old files with mask buffers, sharded ones, fine-
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 
 from igpt.config import ImageGPTConfig
-from igpt.errors import CheckpointError, ConfigError, IgptError, need
+from igpt.data.files import read_json, replacing, write_json
+from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, need
 
 if TYPE_CHECKING:
     from igpt.model import ImageGPT
@@ -77,19 +76,17 @@ def save(model: ImageGPT, folder: str | Path) -> None:
 
     Biases that Image GPT does not have are written as zeros; image size, attention pattern and objective, for which the
     port has no words, are extra keys of config.json. A bert model, which has no start vector, gets a zero row for it.
+
+    Raises:
+        DataError: the folder or a file in it cannot be written; what was there stays.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "model.safetensors.part"
-    save_file(_to_hf(model), part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors 0.8 leaves 0600, unreadable for the colleague it is shared with
-    os.replace(part, folder / "model.safetensors")
-    text = json.dumps(_hf_config(model), indent=2) + "\n"
-    part = folder / "config.json.part"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, folder / "config.json")
+    with replacing(folder / "model.safetensors") as part:
+        save_file(_to_hf(model), part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors 0.8 leaves 0600, unreadable for the colleague it is shared with
+    write_json(folder / "config.json", _hf_config(model))
     if model.palette is not None:
         model.palette.save(folder, height=model.config.height, width=model.config.width)
 
@@ -113,12 +110,12 @@ def _folder(source: str | Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent}: no {path.name}; is this a model folder?")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: no {path.name}; is this a model folder?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        values = read_json(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(values).__name__}")
     return values
