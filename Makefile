@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu check format bench golden wheel clean
+.PHONY: help env demo test gpu check audit mutants format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ check: env ## Format, lint, types; imports point one way and cost nothing.
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_arrows.py
 	@echo "format, lint, types and imports are clean"
+
+audit: env ## Compile every shipped kernel configuration without a GPU: registers, spills, shared memory, tensor core instructions.
+	@$(BIN)/python -m benchmarks.audit
+
+mutants: env ## Break the kernels one line at a time; each break must be caught by a named test (minutes).
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 format: env ## Rewrite the sources in the project's format.
 	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .

@@ -76,6 +76,7 @@ class Attention(nn.Module):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
+        self.head_dim = config.head_dim
         self.causal = config.objective == "ar"
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)

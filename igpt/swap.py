@@ -21,7 +21,7 @@ from igpt_kernels import backends
 
 OPS = ("attention", "norm", "mlp", "loss", "palette")
 # What a caller may ask for, by operation. Operations without an entry have no kernel yet and stay plain PyTorch.
-BACKENDS: Mapping[str, tuple[str, ...]] = {"attention": ("torch", "reference")}
+BACKENDS: Mapping[str, tuple[str, ...]] = {"attention": ("triton", "torch", "reference")}
 
 Request = str | bool
 
@@ -135,7 +135,21 @@ class KernelReport:
         )
 
 
-def _backend(op: str, request: Request) -> tuple[str | None, str]:
+def _facts(model: nn.Module | None) -> tuple[torch.device, torch.dtype, int]:
+    """Device, dtype and head dim that a model's attention will see; without a model, this machine's best device."""
+    if model is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, 64
+    weight = next(model.parameters())
+    head_dim = next(getattr(module, "head_dim") for module in model.modules() if hasattr(module, "kernels"))  # noqa: B009
+    return weight.device, weight.dtype, head_dim
+
+
+def _explain(model: nn.Module | None) -> list[tuple[str, list[str]]]:
+    device, dtype, head_dim = _facts(model)
+    return backends.explain("flash_attention", dtype=dtype, device=device, head_dim=head_dim)
+
+
+def _backend(op: str, request: Request, model: nn.Module | None) -> tuple[str | None, str]:
     """The setting for a request, and why it is not the one asked for (empty when it is)."""
     if request is False or request == "off":
         return None, "switched off"
@@ -143,19 +157,15 @@ def _backend(op: str, request: Request) -> tuple[str | None, str]:
     name = "auto" if request is True else request
     if name == "auto":
         return ("auto", "") if known else (None, "no fused kernel in this version")
-    if name in known:
-        return name, ""
-    return None, f"{op} has {' and '.join(known) or 'no fused kernel'} in this version, not {name}"
+    if name not in known:
+        return None, f"{op} has {', '.join(known) or 'no fused kernel'} in this version, not {name}"
+    reasons = dict(_explain(model))[name]
+    return (None, f"{name} cannot run: {', '.join(reasons)}") if reasons else (name, "")
 
 
 def _runs(backend: str | None, model: nn.Module | None) -> str:
     """What a setting comes to, for the report: `auto` as the backend that it chooses."""
-    if backend != "auto":
-        return backend or "plain"
-    weight = next(model.parameters(), None) if model is not None else None
-    device = "cpu" if weight is None else weight.device
-    dtype = torch.float32 if weight is None else weight.dtype
-    return backends.choose("auto", backends.explain("flash_attention", dtype=dtype, device=device, head_dim=64), "attention")
+    return backend or "plain" if backend != "auto" else backends.choose("auto", _explain(model), "attention")
 
 
 def _palette_row(request: Request) -> Row:
@@ -210,7 +220,7 @@ def use_kernels(
     chosen: dict[str, str | None] = {}
     rows, unmet = [], []
     for op in OPS[:-1]:
-        backend, reason = _backend(op, requests[op])
+        backend, reason = _backend(op, requests[op], model)
         chosen[op] = backend
         count = None if modules is None else len(modules) if op in BACKENDS else 0
         rows.append(Row(op, count, str(requests[op]), _runs(backend, model), reason))

@@ -6,6 +6,7 @@ decision. The same check answers "choose for me" and "why not?". Nothing here ne
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,14 +21,20 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None = None
     """Device types; None is any."""
+    widest: int | None = None
+    """Largest head dim; None is any."""
+    needs_triton: bool = False
 
 
 _ALL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TRITON = Capability("triton", _ALL[:3], devices=("cuda",), widest=256, needs_triton=True)
+OLDEST = (8, 0)
+"""Compute capability from which on the Triton kernels run: bfloat16 products, and 99 KiB of shared memory."""
 
 # Best first: "auto" takes the first backend without a reason against it.
 CAPABILITIES: dict[str, tuple[Capability, ...]] = {
-    "flash_attention": (Capability("torch", _ALL), Capability("reference", _ALL)),
-    "decode_attention": (Capability("torch", _ALL), Capability("reference", _ALL)),
+    "flash_attention": (_TRITON, Capability("torch", _ALL), Capability("reference", _ALL)),
+    "decode_attention": (_TRITON, Capability("torch", _ALL), Capability("reference", _ALL)),
 }
 
 
@@ -59,8 +66,24 @@ def explain(op: str, *, dtype: torch.dtype, device: torch.device | str, head_dim
             reasons.append(f"dtype {dtype} is not one of {', '.join(map(str, capability.dtypes))}")
         if head_dim < 1:
             reasons.append(f"head_dim {head_dim} is below 1")
+        if capability.widest is not None and head_dim > capability.widest:
+            reasons.append(f"head_dim {head_dim} is above {capability.widest}")
+        if capability.needs_triton:
+            reasons.extend(_without_triton(torch.device(device)))
         table.append((capability.backend, reasons))
     return table
+
+
+def _without_triton(device: torch.device) -> list[str]:
+    """Why Triton cannot run on `device`; a GPU that is not in this machine is taken to be new enough."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed (pip install triton)")
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        found = torch.cuda.get_device_capability(device)
+        if found < OLDEST:
+            reasons.append(f"compute capability {found[0]}.{found[1]} is below {OLDEST[0]}.{OLDEST[1]}")
+    return reasons
 
 
 def choose(backend: str, table: Sequence[tuple[str, list[str]]], op: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 import torch
+
+# Interpreted and compiled kernels cannot share a process: test_interpreter.py runs that folder in one of its own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
 def pytest_configure() -> None:

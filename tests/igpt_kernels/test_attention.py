@@ -129,7 +129,7 @@ def test_decode_is_the_last_row_and_ignores_the_rest(backend: str, dtype: torch.
         (lambda q, k, v: flash_attention(q, k, v[:, :, :2]), ValueError, "v must have the shape of k"),
         (lambda q, k, v: flash_attention(q, k.to("meta"), v), ValueError, "device"),
         (lambda q, k, v: flash_attention(q, k, v, scale=math.nan), ValueError, "scale.*nan"),
-        (lambda q, k, v: flash_attention(q, k, v, backend="cutlass"), ValueError, "auto, torch, reference.*cutlass"),
+        (lambda q, k, v: flash_attention(q, k, v, backend="cutlass"), ValueError, "auto, triton, torch, reference.*cutlass"),
         (lambda q, k, v: decode_attention(q, k, v, 1), ValueError, "use flash_attention"),
         (lambda q, k, v: decode_attention(q[:, :, :1], k, v, 6), ValueError, "length.*5.*6"),
         (lambda q, k, v: decode_attention(q[:, :, :1], k, v, -1), ValueError, "length.*-1"),
@@ -145,20 +145,45 @@ def test_bad_arguments_are_named(change: object, error: type[Exception], message
         change(*inputs(5, 5, 8, torch.float32))  # type: ignore[operator]
 
 
-def test_a_mask_beyond_free_memory_raises_instead_of_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_square_beyond_free_memory_raises_instead_of_dying(monkeypatch: pytest.MonkeyPatch) -> None:
     from igpt_kernels._torch import attention as implementation
 
     monkeypatch.setattr(implementation, "free_memory", lambda device: 100)
     q, k, v = inputs(5, 9, 8, torch.float32)
-    with pytest.raises(MemoryError, match="5 x 9"):
+    with pytest.raises(MemoryError, match="5 x 9 mask"):
+        implementation.flash_attention(q, k, v, causal=True, scale=1.0)
+    expected = flash_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(flash_attention(q, k, v), expected)
+    monkeypatch.setitem(backends.CAPABILITIES, "flash_attention", backends.CAPABILITIES["flash_attention"][2:])
+    with pytest.raises(MemoryError, match="5 x 9 scores"):
         flash_attention(q, k, v)
-    flash_attention(k, k, v)
+    torch.testing.assert_close(flash_attention(q, k, v, backend="reference"), expected)
+
+
+def test_scaled_dot_product_attention_agrees_with_the_operator() -> None:
+    """The path of devices without an operator of ours, which this machine may not have."""
+    from igpt_kernels._torch import attention as implementation
+
+    for queries, keys in [(9, 9), (5, 9), (9, 5), (1, 9), (3, 0)]:
+        q, k, v = inputs(queries, keys, 8, torch.float64)
+        for causal in (True, False):
+            out = implementation.flash_attention(q, k, v, causal=causal, scale=0.3)
+            torch.testing.assert_close(out, flash_attention(q, k, v, causal=causal, scale=0.3))
+    q, k, v = inputs(1, 9, 8, torch.float64)
+    for length in (0, 4, 9, torch.tensor([0, 7])):
+        out = implementation.decode_attention(q, k, v, length, scale=0.3)
+        torch.testing.assert_close(out, decode_attention(q, k, v, length, scale=0.3))
 
 
 def test_explain_gives_reasons_and_choose_obeys() -> None:
     table = backends.explain("flash_attention", dtype=torch.int8, device="cuda:3", head_dim=0)
-    assert [name for name, _ in table] == ["torch", "reference"]
+    assert [name for name, _ in table] == ["triton", "torch", "reference"]
     assert all("int8" in reasons[0] and "head_dim 0" in reasons[1] for _, reasons in table)
+    on_gpu = dict(backends.explain("flash_attention", dtype=torch.bfloat16, device="cuda:9", head_dim=96))
+    assert on_gpu["triton"] == []
+    wide = dict(backends.explain("decode_attention", dtype=torch.float64, device="cpu", head_dim=300))["triton"]
+    assert len(wide) == 3
+    assert "head_dim 300 is above 256" in wide
     with pytest.raises(backends.BackendUnavailable, match="int8"):
         backends.choose("auto", table, "flash_attention")
     with pytest.raises(ValueError, match="op must be one of"):
@@ -172,3 +197,15 @@ def test_explain_gives_reasons_and_choose_obeys() -> None:
             backends.choose("gpu", table, "probe")
     finally:
         del backends.CAPABILITIES["probe"]
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_negative_and_zero_scales(scale: float) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(6, 6, 8, torch.float64))
+    got, want = flash_attention(q, k, v, scale=scale), reference.attention_reference(q, k, v, causal=True, scale=scale)[0]
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, want))
+    for mine, true in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, true)
+    row = decode_attention(q[:, :, -1:], k, v, 6, scale=scale)
+    torch.testing.assert_close(row, want[:, :, -1:])

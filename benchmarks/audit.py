@@ -1,0 +1,207 @@
+"""What the compiler makes of every shipped kernel configuration, without a GPU: ``make audit``.
+
+Each launcher runs with real arguments, but its kernels are only compiled, for a chip that need not be here, so what is
+audited is what would be launched. A row fails on a spill (local memory), on more shared memory than the chip gives a
+program, and on sm_90 when a 16-bit product is no warpgroup MMA, or when ptxas made the products wait for each other
+(its warning C7515: then there are as many waits as products).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from igpt_kernels import tuning
+from igpt_kernels._triton import decode, flash_backward, flash_forward
+
+# Table of configurations -> the chip it is compiled for, and the shared memory that chip gives one program (CUDA C++
+# programming guide, "technical specifications per compute capability").
+TARGETS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10), "default": (86, 99 << 10)}
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+PRODUCTS = ("flash_forward", "flash_backward_keys", "flash_backward_queries")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: what it uses of the chip, and what is wrong with that."""
+
+    table: str
+    kernel: str
+    bits: int
+    head_dim: int
+    config: tuple[int, int, int, int]
+    registers: int
+    spills: int
+    """Instructions that store to or load from local memory."""
+    shared: int
+    """Bytes of shared memory."""
+    wgmma: int
+    mma: int
+    waits: int
+    problems: tuple[str, ...]
+
+
+class _Chip:
+    """A driver of Triton's for a chip that is not here: enough to compile, not to launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def compile_only(capability: int) -> Iterator[list[tuple[str, triton.compiler.CompiledKernel]]]:
+    """Inside, launching a kernel compiles it for `capability` instead; the list collects (name, compiled kernel)."""
+    compiled: list[tuple[str, triton.compiler.CompiledKernel]] = []
+    run = JITFunction.run
+
+    def collect(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = collect
+    driver.set_active(_Chip(capability))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        if torch.cuda.is_available():
+            driver.reset_active()  # where there is no GPU there is no driver to go back to
+
+
+def launch(kernel: str, head_dim: int, dtype: torch.dtype, config: tuning.Config, other: tuning.Config) -> None:
+    """Call the launcher of a kernel on views of a fused [B,T,3,H,D] tensor, as a model makes them."""
+    fused = torch.empty(2, 256, 3, 4, head_dim, dtype=dtype)
+    q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
+    if kernel == "flash_forward":
+        flash_forward.launch_flash_forward(q, k, v, causal=True, scale=0.1, config=config)
+    elif kernel == "decode":
+        decode.launch_decode(q[:, :, :1], k, v, torch.ones(2, dtype=torch.int64), scale=0.1, config=config)
+    else:
+        configs = (config, other) if kernel == "flash_backward_keys" else (other, config)
+        lse = torch.empty(2, 4, 256)
+        flash_backward.launch_flash_backward(
+            q, q, k, v, q, lse, causal=True, scale=0.1, key_config=configs[0], query_config=configs[1]
+        )
+
+
+def inspect(kernel: triton.compiler.CompiledKernel) -> tuple[int, Callable[[str], int]]:
+    """Registers of a compiled kernel, and a counter of instructions in its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {usage[:200]!r}")
+    return int(registers.group(1)), lambda pattern: len(re.findall(pattern, code))
+
+
+def audit(table: str, kernel: str, bits: int, head_dim: int, config: tuning.Config | None = None) -> list[Row]:
+    """Compile one configuration (the table's, or `config`) and look at it; one row for each kernel launched."""
+    capability, limit = TARGETS[table]
+    shipped = tuning.table(table)
+    chosen = tuning.nearest(shipped, kernel, bits, head_dim) if config is None else config
+    pair = {"flash_backward_keys": "flash_backward_queries"}.get(kernel, "flash_backward_keys")
+    with compile_only(capability) as compiled:
+        launch(kernel, head_dim, DTYPES[bits], chosen, tuning.nearest(shipped, pair, bits, head_dim))
+    rows = []
+    for name, result in compiled:
+        if kernel in PRODUCTS and kernel not in name:
+            continue
+        registers, count = inspect(result)
+        spills, wgmma, mma, waits = (count(p) for p in (r"\b(?:STL|LDL)\b", r"\bHGMMA\.", r"\bHMMA\.", r"WARPGROUP\.DEPBAR"))
+        shared = int(result.metadata.shared)
+        problems = []
+        if spills:
+            problems.append("spills")
+        if shared > limit:
+            problems.append(f"{shared} bytes of shared memory, the chip has {limit}")
+        if kernel in PRODUCTS and bits == 16 and table == "sm_90":
+            if not wgmma:
+                problems.append("no WGMMA")
+            elif waits >= wgmma:
+                problems.append("WGMMA serialised")
+        sizes = (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)
+        short = name.strip("_").removesuffix("_kernel")
+        rows.append(Row(table, short, bits, head_dim, sizes, registers, spills, shared, wgmma, mma, waits, tuple(problems)))
+    return rows
+
+
+def shipped_cases(tables: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
+    """Every entry of the tables, at the head dim it is listed for, and 96 where a wider entry serves it."""
+    for table in tables:
+        for kernel, by_bits in tuning.table(table).items():
+            for bits, dims in by_bits.items():
+                for head_dim in sorted({int(dim) for dim in dims} | {96}):
+                    yield table, kernel, int(bits), head_dim
+
+
+def ptxas_version() -> str:
+    """The assembler inside the Triton wheel."""
+    text = subprocess.run([_TOOLS / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return found.group(1) if found else "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a row has a problem."""
+    parser = argparse.ArgumentParser(description="compile every shipped kernel configuration and show what it uses")
+    parser.add_argument("tables", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is named")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    options = parser.parse_args(arguments)
+    for table in options.tables:
+        if table not in TARGETS:
+            parser.error(f"tables must be of {', '.join(TARGETS)}; got {table}")
+    if not options.json:
+        print(f"triton {triton.__version__}, ptxas {ptxas_version()}; config is block_m, block_n, num_warps, num_stages")
+        print(f"{'table':8} {'kernel':24} bits   D  {'config':>15} regs spills  shared WGMMA   MMA waits  verdict")
+    failed = total = 0
+    for case in shipped_cases(options.tables):
+        for row in audit(*case):
+            total += 1
+            failed += bool(row.problems)
+            if options.json:
+                print(json.dumps(asdict(row)), flush=True)
+                continue
+            config = ",".join(map(str, row.config))
+            print(
+                f"{row.table:8} {row.kernel:24} {row.bits:>4} {row.head_dim:>3}  {config:>15} {row.registers:>4} "
+                f"{row.spills:>6} {row.shared:>7} {row.wgmma:>5} {row.mma:>5} {row.waits:>5}  "
+                f"{'; '.join(row.problems) or 'ok'}",
+                flush=True,
+            )
+    if not options.json:
+        print(f"{total - failed} of {total} kernels are as they should be")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Kernel configurations as data: which tile sizes and warps a kernel runs with on a device. Nothing is tuned at run time.
+
+Autotuning while a program runs lets the ranks of one job disagree (NVIDIA/Megatron-LM#6966) and hides wrong results; here
+a table decides, and ``make tune`` writes a new one. Files are `configs/<name>.json`: one for each family of chips, one
+`default` that fits every chip from compute capability 8.0 on, and where somebody tuned, one for a device by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "configs"
+FAMILIES: Mapping[tuple[int, int], str] = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+"""Compute capability -> table. Others (8.6, 8.9, 12.0: 99 KiB of shared memory) take the default."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is compiled and launched.
+
+    Attributes:
+        block_m: rows of queries in a tile; a power of two.
+        block_n: rows of keys in a tile; a power of two.
+        num_warps: warps of 32 threads in a program.
+        num_stages: tiles in flight between memory and the multiplications.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1 or (name != "num_stages" and value & (value - 1)):
+                raise ValueError(f"{name} must be a power of two (num_stages: any positive number), got {value!r}")
+
+
+@functools.cache
+def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Config]]]:
+    """The configurations of one file: kernel -> bits of the dtype -> largest head dim -> Config.
+
+    Raises:
+        ValueError: the file is not a table of configurations.
+    """
+    path = FOLDER / f"{name}.json"
+    try:
+        kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+        return {
+            kernel: {bits: {dim: Config(*values) for dim, values in dims.items()} for bits, dims in by_bits.items()}
+            for kernel, by_bits in kernels.items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold kernels -> bits -> head dim -> [block_m, block_n, num_warps, num_stages]"
+        ) from error
+
+
+def slug(device_name: str) -> str:
+    """The file name of a device: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return "-".join(device_name.lower().split())
+
+
+@functools.cache
+def table_for(device: torch.device) -> str:
+    """The name of the nearest table: the device's own, else its family's, else the default."""
+    if device.type != "cuda":
+        return "default"
+    own = slug(torch.cuda.get_device_name(device))
+    if (FOLDER / f"{own}.json").exists():
+        return own
+    return FAMILIES.get(torch.cuda.get_device_capability(device), "default")
+
+
+def lookup(kernel: str, *, dtype: torch.dtype, head_dim: int, device: torch.device) -> Config:
+    """The configuration of a kernel: that of the smallest listed head dim that is not below `head_dim`.
+
+    Args:
+        kernel: name of a kernel, for example ``"flash_forward"``.
+        dtype: dtype of the inputs.
+        head_dim: width of a head, up to 256.
+        device: where it will run; any device but a GPU takes the default.
+
+    Raises:
+        ValueError: no such kernel, dtype or head dim in the table.
+    """
+    return nearest(table(table_for(device)), kernel, dtype.itemsize * 8, head_dim)
+
+
+def nearest(configs: Mapping[str, Mapping[str, Mapping[str, Config]]], kernel: str, bits: int, head_dim: int) -> Config:
+    """The entry of `configs` for the smallest listed head dim that is not below `head_dim`.
+
+    Raises:
+        ValueError: no such kernel, dtype or head dim in the table.
+    """
+    dims = configs.get(kernel, {}).get(str(bits), {})
+    fitting = [int(dim) for dim in dims if int(dim) >= head_dim]
+    if not fitting:
+        raise ValueError(f"no configuration for {kernel}, {bits} bits, head_dim {head_dim}; the table has {configs!r}")
+    return dims[str(min(fitting))]

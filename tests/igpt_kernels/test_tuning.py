@@ -1,0 +1,99 @@
+"""Configurations: every shipped one is found, valid, and compiles into a kernel without spills."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from igpt_kernels import tuning
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLES = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
+KERNELS = ("flash_forward", "flash_backward_keys", "flash_backward_queries", "decode")
+
+
+def test_families_have_tables() -> None:
+    assert {"sm_80", "sm_90", "sm_100", "default"} <= set(TABLES)
+    assert set(tuning.FAMILIES.values()) <= set(TABLES)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_head_dim_has_a_configuration(table: str, kernel: str) -> None:
+    configs = tuning.table(table)
+    assert set(configs) == set(KERNELS)
+    for bits in (16, 32):
+        for head_dim in range(1, 257):
+            tuning.nearest(configs, kernel, bits, head_dim)
+    with pytest.raises(ValueError, match="head_dim 257"):
+        tuning.nearest(configs, kernel, 16, 257)
+
+
+def test_the_smallest_entry_that_fits_is_taken() -> None:
+    small, large = tuning.Config(16, 16, 4, 1), tuning.Config(32, 32, 4, 1)
+    configs = {"k": {"16": {"64": small, "128": large}}}
+    assert [tuning.nearest(configs, "k", 16, d) for d in (1, 64, 65, 128)] == [small, small, large, large]
+    assert tuning.lookup("decode", dtype=torch.float16, head_dim=64, device=torch.device("cpu")) == tuning.nearest(
+        tuning.table("default"), "decode", 16, 64
+    )
+
+
+def test_bad_tables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    (tmp_path / "odd.json").write_text(json.dumps({"kernels": {"k": {"16": {"64": [48, 64, 4, 1]}}}}))
+    with pytest.raises(ValueError, match=r"block_m must be a power of two.*48"):
+        tuning.table("odd")
+    (tmp_path / "short.json").write_text(json.dumps({"kernels": {"k": {"16": {"64": [64, 64]}}}}))
+    with pytest.raises(ValueError, match=r"short\.json"):
+        tuning.table("short")
+
+
+def test_a_device_takes_its_own_table_then_its_family_then_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    for capability, name in (((9, 0), "sm_90"), ((8, 9), "default"), ((10, 3), "sm_100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        tuning.table_for.cache_clear()
+        assert tuning.table_for(torch.device("cuda:0")) == name
+    (tmp_path / "nvidia-h200.json").write_text("{}")
+    tuning.table_for.cache_clear()
+    assert tuning.table_for(torch.device("cuda:0")) == "nvidia-h200"
+    tuning.table_for.cache_clear()
+
+
+@pytest.mark.parametrize("table", ["sm_80", "sm_90", "sm_100", "default"])
+def test_audit_finds_nothing(table: str) -> None:
+    """In a process of its own: the audit puts a chip that is not here in place of Triton's driver."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.audit", table, "--json"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, [row for row in rows if row["problems"]] or done.stderr[-3000:]
+    assert len(rows) >= 30
+    assert {"flash_forward", "flash_backward_keys", "flash_backward_queries", "decode", "decode_merge"} == {
+        r["kernel"] for r in rows
+    }
+    if table == "sm_90":
+        assert all(row["wgmma"] for row in rows if row["bits"] == 16 and not row["kernel"].startswith("decode"))
+
+
+def test_audit_sees_spills_and_serialised_products() -> None:
+    code = """
+        from benchmarks import audit
+        from igpt_kernels.tuning import Config
+        spilled = audit.audit("sm_90", "flash_backward_keys", 16, 128, Config(128, 128, 8, 2))
+        assert "spills" in spilled[0].problems, spilled
+        large = audit.audit("default", "flash_forward", 16, 128, Config(128, 128, 8, 3))
+        assert any("shared memory" in problem for problem in large[0].problems), large
+        serial = audit.audit("sm_90", "flash_forward", 16, 192, Config(128, 64, 8, 2))
+        assert "WGMMA serialised" in serial[0].problems, serial
+    """
+    import textwrap
+
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

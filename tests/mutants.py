@@ -1,0 +1,160 @@
+"""Break the attention kernels one line at a time, in a copy, and show which test catches each break: ``make mutants``.
+
+A suite that stays green with a broken kernel is no suite. Each row names the one test that must fail; a break that gets
+through, or a line that is no longer there, makes the command fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = "tests/interpreter/test_attention_kernels.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One break: replace `old` (all its places) by `new` in a file of igpt_kernels/_triton, and run `test`."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = (
+    Mutant("causal mask off by one", "flash_forward.py", "<= (rows + offset)", "< (rows + offset)", "test_sizes"),
+    Mutant("no mask beyond the last key", "flash_forward.py", "visible = col_ok[None, :] & ", "visible = ", "test_sizes"),
+    Mutant(
+        "unmasked loop one tile too long",
+        "flash_forward.py",
+        "first + offset + 1, 0)",
+        "first + offset + BLOCK_N, 0)",
+        "test_sizes",
+    ),
+    Mutant("accumulator not rescaled", "flash_forward.py", "acc0 = acc0 * shrink[:, None]", "acc0 = acc0", "test_sizes"),
+    Mutant("second part not rescaled", "flash_forward.py", "acc1 = acc1 * shrink[:, None]", "acc1 = acc1", "test_head_dims"),
+    Mutant("sum not rescaled", "flash_forward.py", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", "test_sizes"),
+    Mutant("lse in units of log2", "flash_forward.py", "tl.math.log2(l)) * LN2", "tl.math.log2(l))", "test_sizes"),
+    Mutant(
+        "stride of v taken from k",
+        "flash_forward.py",
+        "cols.to(tl.int64) * stride_vt",
+        "cols.to(tl.int64) * stride_kt",
+        "test_strides",
+    ),
+    Mutant(
+        "32-bit row offsets",
+        "flash_forward.py",
+        "rows.to(tl.int64) * stride_qt",
+        "rows * stride_qt",
+        "test_offsets_beyond_32_bits",
+    ),
+    Mutant(
+        "second product of scores dropped",
+        "common.py",
+        "        s = tl.dot(a1, tl.trans(b1), s",
+        "        s = tl.dot(a1, tl.trans(b1), 0 * s",
+        "test_head_dims",
+    ),
+    Mutant(
+        "column bound dropped",
+        "common.py",
+        "mask=row_ok[:, None] & (cols < D)[None, :]",
+        "mask=row_ok[:, None]",
+        "test_head_dims",
+    ),
+    Mutant(
+        "output columns beyond D written", "common.py", "mask = mask & (cols < D)[None, :]", "mask = mask", "test_head_dims"
+    ),
+    Mutant(
+        "a tile given to two programs",
+        "common.py",
+        "pid - first * tiles",
+        "pid - first",
+        "test_every_tile_of_every_head_has_one_program",
+    ),
+    Mutant("delta left out", "flash_backward.py", "- delta[None, :])", "- 0 * delta[None, :])", "test_sizes"),
+    Mutant("delta left out of dQ", "flash_backward.py", "- delta[:, None])", "- 0 * delta[:, None])", "test_sizes"),
+    Mutant("dK without the scale", "flash_backward.py", "dk0 * scale", "dk0", "test_sizes"),
+    Mutant("dQ without the scale", "flash_backward.py", "dq0 * scale", "dq0", "test_sizes"),
+    Mutant("backward mask off by one", "flash_backward.py", "cols[:, None] <= (start", "cols[:, None] < (start", "test_sizes"),
+    Mutant(
+        "backward starts a tile late",
+        "flash_backward.py",
+        "// BLOCK_M * BLOCK_M, Tq, BLOCK_M)",
+        "// BLOCK_M * BLOCK_M + BLOCK_M, Tq, BLOCK_M)",
+        "test_sizes",
+    ),
+    Mutant(
+        "rows beyond the end loaded",
+        "flash_backward.py",
+        "row_ok = start + rows < Tq",
+        "row_ok = start + rows < Tq + 1",
+        "test_sizes",
+    ),
+    Mutant(
+        "decode reads one key too many",
+        "decode.py",
+        "seen = start + slots < last",
+        "seen = start + slots <= last",
+        "test_decode",
+    ),
+    Mutant("splits overlap", "decode.py", "first = split * chunk", "first = split * chunk // 2", "test_decode"),
+    Mutant("merge without weights", "decode.py", "acc * weight[:, None]", "acc", "test_decode"),
+    Mutant(
+        "lengths not clamped",
+        "decode.py",
+        "tl.minimum(tl.maximum(tl.load(Lengths + batch).to(tl.int32), 0), Tmax)",
+        "tl.load(Lengths + batch).to(tl.int32)",
+        "test_decode_clamps",
+    ),
+)
+
+
+def caught(mutant: Mutant, copy: Path) -> str:
+    """The first test that fails with this break, or an empty string. The copy is whole again afterwards."""
+    path = copy / "igpt_kernels" / "_triton" / mutant.file
+    source = path.read_text(encoding="utf-8")
+    if mutant.old not in source:
+        raise SystemExit(f"{mutant.file} has no {mutant.old!r} to break ({mutant.what})")
+    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS, "-k", mutant.test]
+    try:
+        done = subprocess.run(
+            command, cwd=copy, capture_output=True, text=True, check=False,
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+    finally:
+        path.write_text(source, encoding="utf-8")
+    if done.returncode not in (0, 1) and done.returncode > 0:
+        raise SystemExit(f"{mutant.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed = [line.split(" - ")[0].rpartition("::")[2] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return failed[0] if failed else "the process died" if done.returncode < 0 else ""
+
+
+def main() -> int:
+    """Print the table; 1 if a break got through."""
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("igpt_kernels", "tests", "igpt"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for mutant in MUTANTS:
+            test = caught(mutant, copy)
+            survived += not test
+            print(f"{mutant.file:18} {mutant.what:34} {'caught by ' + test if test else 'SURVIVED'}", flush=True)
+    print(f"{len(MUTANTS) - survived} of {len(MUTANTS)} breaks caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
