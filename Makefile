@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu check audit mutants format bench golden wheel clean
+.PHONY: help env demo test gpu tune check audit mutants format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,9 +29,12 @@ demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/
 test: env ## All tests.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} tests
 
-gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU. Installs nothing.
+gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU, time attention. Installs nothing.
 	@$(PYTHON) setup.py -q build_ext --inplace
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests; tested=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention && exit $$tested
+
+tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune
 
 check: env ## Format, lint, types; imports point one way and cost nothing.
 	@$(BIN)/ruff format --check --quiet . || ($(BIN)/ruff format --diff --quiet .; exit 1)

@@ -1,0 +1,111 @@
+"""Time candidate configurations of every attention kernel on this GPU and write the device's own table: ``make tune``.
+
+A candidate is timed only if its result is within the error budget; what does not compile, does not fit or computes wrong is
+left out. The table goes to ``igpt_kernels/configs/<device>.json``, which `igpt_kernels.tuning` prefers to the family's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_attention import inputs, milliseconds
+from igpt_kernels import testing, tuning
+from igpt_kernels.reference import attention_reference, decode_attention_reference
+
+TOKENS = 4096
+DTYPES = {"16": torch.bfloat16, "32": torch.float32}
+WARPS_AND_STAGES = [(4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)]
+
+
+def candidates(kernel: str, bits: str) -> list[tuning.Config]:
+    """What is tried: tiles of 16 to 128 rows, 4 or 8 warps, 1 to 3 stages; smaller tiles for float32, which has no tensor cores."""
+    if kernel == "decode":
+        return [tuning.Config(1, n, warps, 2) for n in (16, 32, 64, 128) for warps in (2, 4, 8)]
+    sides = (32, 64, 128) if bits == "16" else (16, 32, 64)
+    return [tuning.Config(m, n, warps, stages) for m in sides for n in sides for warps, stages in WARPS_AND_STAGES]
+
+
+def runner(kernel: str, tensors: Sequence[Tensor], scale: float) -> Callable[[tuning.Config, tuning.Config], list[Tensor]]:
+    """A call of the kernel on q, k, v and a gradient, with (candidate, the other backward kernel's configuration)."""
+    q, k, v, grad = tensors
+    from igpt_kernels._triton.decode import launch_decode
+    from igpt_kernels._triton.flash_backward import launch_flash_backward
+    from igpt_kernels._triton.flash_forward import launch_flash_forward
+
+    if kernel == "flash_forward":
+        return lambda config, _: [launch_flash_forward(q, k, v, causal=True, scale=scale, config=config)[0]]
+    if kernel == "decode":
+        return lambda config, _: [launch_decode(q[:, :, -1:], k, v, k.shape[2], scale=scale, config=config)[0]]
+    out, lse = launch_flash_forward(q, k, v, causal=True, scale=scale)
+
+    def backward(config: tuning.Config, other: tuning.Config) -> list[Tensor]:
+        pair = (config, other) if kernel == "flash_backward_keys" else (other, config)
+        return list(
+            launch_flash_backward(grad, q, k, v, out, lse, causal=True, scale=scale, key_config=pair[0], query_config=pair[1])
+        )
+
+    return backward
+
+
+def truth(kernel: str, tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """What the kernel should compute, in the dtype of its inputs."""
+    q, k, v, grad = tensors
+    if kernel == "decode":
+        return [decode_attention_reference(q[:, :, -1:], k, v, k.shape[2], scale=scale)]
+    result = testing.attention_result(lambda *x: attention_reference(*x, scale=scale)[0], (q, k, v), grad)
+    return [result.out] if kernel == "flash_forward" else [result.dq, result.dk, result.dv]
+
+
+def best(kernel: str, bits: str, head_dim: int, shipped: tuning.Config, other: tuning.Config) -> tuning.Config:
+    """The fastest verified candidate; the shipped configuration where none is faster by 2 %."""
+    qkv, grad = inputs(1, 8, TOKENS, head_dim)
+    q, k, v, grad = (x.detach().to(DTYPES[bits]) for x in (*qkv, grad))
+    scale = head_dim**-0.5
+    small = [x[:, :2, :500] for x in (q, k, v, grad)]
+    eager, exact = truth(kernel, small, scale), truth(kernel, [x.double() for x in small], scale)
+    check, run = runner(kernel, small, scale), runner(kernel, [q, k, v, grad], scale)
+    found: list[tuple[float, tuning.Config]] = []
+    for config in dict.fromkeys([shipped, *candidates(kernel, bits)]):
+        try:
+            for mine, true, low in zip(check(config, other), exact, eager, strict=True):
+                testing.error_ratio(mine, true, low, factor=3, floor=8.0)
+            found.append((milliseconds(partial(run, config, other), 10)[0], config))
+        except Exception as error:
+            # Any failure of a candidate, of the compiler's too, only means that it is not chosen; the shipped one must run.
+            if config == shipped:
+                raise
+            print(f"  {astuple(config)}: {type(error).__name__}", flush=True)
+    fastest, config = min(found, key=lambda pair: pair[0])
+    print(f"{kernel} {bits} bits D={head_dim}: {astuple(config)} {fastest:.3f} ms, shipped {found[0][0]:.3f} ms", flush=True)
+    return config if fastest < 0.98 * found[0][0] else shipped
+
+
+def main() -> int:
+    """Tune all that the nearest table lists, and write the device's own; 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print("benchmarks.tune needs an NVIDIA GPU; none is visible", file=sys.stderr)
+        return 2
+    shipped: Mapping[str, Mapping[str, Mapping[str, tuning.Config]]] = tuning.table(tuning.table_for(torch.device("cuda", 0)))
+    pairs = {"flash_backward_keys": "flash_backward_queries"}
+    kernels: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for kernel, by_bits in shipped.items():
+        for bits, dims in by_bits.items():
+            for head_dim, config in dims.items():
+                other = tuning.nearest(shipped, pairs.get(kernel, "flash_backward_keys"), int(bits), int(head_dim))
+                chosen = best(kernel, bits, int(head_dim), config, other)
+                kernels.setdefault(kernel, {}).setdefault(bits, {})[head_dim] = list(astuple(chosen))
+    path = tuning.FOLDER / f"{tuning.slug(torch.cuda.get_device_name())}.json"
+    path.write_text(json.dumps({"kernels": kernels}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}; benchmarks.audit and the tests read it from now on")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
