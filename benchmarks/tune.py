@@ -25,7 +25,7 @@ WARPS_AND_STAGES = [(4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)]
 
 
 def candidates(kernel: str, bits: str) -> list[tuning.Config]:
-    """What is tried: tiles of 16 to 128 rows, 4 or 8 warps, 1 to 3 stages; smaller tiles for float32, which has no tensor cores."""
+    """What is tried: tiles of 16 to 128 rows, 4 or 8 warps, 1 to 3 stages; less for float32, which has no tensor cores."""
     if kernel == "decode":
         return [tuning.Config(1, n, warps, 2) for n in (16, 32, 64, 128) for warps in (2, 4, 8)]
     sides = (32, 64, 128) if bits == "16" else (16, 32, 64)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,9 +149,7 @@ def test_compile_without_breaks_and_once_for_all_lengths() -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attention(q, k, v, causal=True).square().sum()
 
-    compiled = torch.compile(
-        loss, fullgraph=True, dynamic=True, backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=count)
-    )
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count))
     for tokens in (33, 50):
         x = leaves((2, 2, tokens, 16), torch.float32, "contiguous")
         got = torch.autograd.grad(compiled(*x), x)
