@@ -31,7 +31,7 @@ test: env ## All tests.
 
 gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU, time attention. Installs nothing.
 	@$(PYTHON) setup.py -q build_ext --inplace
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests; tested=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention && exit $$tested
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_gpu_attention.py tests/test_gpu.py; tested=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention && exit $$tested
 
 tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune

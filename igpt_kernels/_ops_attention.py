@@ -100,22 +100,24 @@ def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, *grads: Tens
 
 def _save_decode(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k_cache, v_cache, lengths, length, scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k_cache, v_cache, lengths, out, lse)  # type: ignore[arg-type]
+    ctx.save_for_backward(q, k_cache, v_cache, lengths)  # type: ignore[arg-type]
     ctx.how = (length, scale)  # type: ignore[attr-defined]
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _decode_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k_cache, v_cache, lengths, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    """Eager: one query's weights are no larger than a column of the cache. Nothing saved from the forward pass but its inputs
+    enters, so that differentiating this once more is right too."""
+    q, k_cache, v_cache, lengths = ctx.saved_tensors  # type: ignore[attr-defined]
     length, scale = ctx.how  # type: ignore[attr-defined]
     visible = torch_attention.visible_keys(k_cache, length if lengths is None else lengths)[:, None, None, :]
     # A hidden key may be NaN, and a weight of 0 would not stop it.
     hidden = ~visible.transpose(-1, -2)
     k, v = k_cache.masked_fill(hidden, 0), v_cache.masked_fill(hidden, 0)
     scores = (q @ k.transpose(-1, -2)) * scale
-    p = torch.exp((scores - lse[..., None]).masked_fill(~visible, -torch.inf)).to(q.dtype)
-    ds = p * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
+    p = scores.masked_fill(~visible, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~visible, 0.0)
+    dp = grad @ v.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad, None, None, None
 
 

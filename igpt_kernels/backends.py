@@ -28,6 +28,7 @@ class Capability:
 
 _ALL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TRITON = Capability("triton", _ALL[:3], devices=("cuda",), widest=256, needs_triton=True)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: searching the path costs more than a small attention
 OLDEST = (8, 0)
 """Compute capability from which on the Triton kernels run: bfloat16 products, and 99 KiB of shared memory."""
 
@@ -77,12 +78,15 @@ def explain(op: str, *, dtype: torch.dtype, device: torch.device | str, head_dim
 def _without_triton(device: torch.device) -> list[str]:
     """Why Triton cannot run on `device`; a GPU that is not in this machine is taken to be new enough."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         reasons.append("triton is not installed (pip install triton)")
-    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
-        found = torch.cuda.get_device_capability(device)
-        if found < OLDEST:
-            reasons.append(f"compute capability {found[0]}.{found[1]} is below {OLDEST[0]}.{OLDEST[1]}")
+    if device.type == "cuda" and torch.cuda.is_available():
+        # torch.compile folds the properties into a constant, but neither the count nor get_device_capability; and what it
+        # traces has its tensors on a device that is there.
+        if torch.compiler.is_compiling() or (device.index or 0) < torch.cuda.device_count():
+            found = torch.cuda.get_device_properties(device)
+            if (found.major, found.minor) < OLDEST:
+                reasons.append(f"compute capability {found.major}.{found.minor} is below {OLDEST[0]}.{OLDEST[1]}")
     return reasons
 
 

@@ -2,7 +2,7 @@
 
 Each gradient row is written by one program, in a fixed order of additions: no atomics, so the result is the same bit for
 bit in every run. The price is 7 matrix products instead of 5 (Dao et al. 2022, algorithm 4, adds dQ atomically). Every tile
-is masked: a second, unmasked loop costs registers (128 columns then spill) and serialises the products at D = 128.
+is masked: a second, unmasked loop costs registers, and at D = 128 it spilled and serialised the products.
 
 With P = exp(scale·q·kᵀ - lse), dP = dO·vᵀ and delta = rowsum(dO·O)::
 
@@ -209,7 +209,7 @@ def launch_flash_backward(
     """Launch the backward kernels on what the forward kernel took and gave.
 
     Args:
-        grad: gradient of the output [B,H,Tq,D]; any strides, of size 0 too.
+        grad: gradient of the output [B,H,Tq,D]; any strides, 0 too.
         q: [B,H,Tq,D].
         k: [B,H,Tk,D].
         v: [B,H,Tk,D].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,21 @@ def test_explain_gives_reasons_and_choose_obeys() -> None:
             backends.choose("gpu", table, "probe")
     finally:
         del backends.CAPABILITIES["probe"]
+
+
+def test_an_old_gpu_or_no_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def triton(device: str) -> list[str]:
+        return dict(backends.explain("flash_attention", dtype=torch.float16, device=device, head_dim=64))["triton"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability, reasons in (((7, 5), ["compute capability 7.5 is below 8.0"]), ((8, 0), [])):
+        found = SimpleNamespace(major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
+        assert triton("cuda") == reasons
+        assert triton("cuda:5") == []
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    assert triton("cuda") == ["triton is not installed (pip install triton)"]
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])

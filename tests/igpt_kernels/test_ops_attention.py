@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from igpt_kernels import _ops_attention, testing
 from igpt_kernels._torch.attention import merge
 from igpt_kernels.attention import decode_attention, flash_attention
-from igpt_kernels.reference import attention_reference
+from igpt_kernels.reference import attention_reference, decode_attention_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(1, 1, 1, 1), (2, 3, 9, 16), (1, 2, 33, 24), (2, 1, 1, 8), (0, 2, 4, 8), (2, 2, 0, 8)]
@@ -102,6 +102,22 @@ def test_gradcheck_decode(length: int | Tensor) -> None:
     q = leaves((2, 1, 1, 3), torch.float64, "contiguous")[0]
     k, v = leaves((2, 1, 5, 3), torch.float64, "contiguous")[1:]
     assert torch.autograd.gradcheck(lambda *x: decode_attention(*x, length), (q, k, v))
+    assert torch.autograd.gradgradcheck(lambda *x: decode_attention(*x, length), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_decode_gradients_are_within_the_budget(dtype: torch.dtype) -> None:
+    q = testing.make_input((2, 2, 1, 24), dtype=dtype, seed=1)
+    k, v = (testing.make_input((2, 2, 50, 24), dtype=dtype, seed=seed) for seed in (2, 3))
+    grad = testing.make_input(q.shape, dtype=dtype, seed=4)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return decode_attention_reference(q, k, v, 40, scale=0.3)
+
+    exact = testing.attention_result(oracle, [x.double() for x in (q, k, v)], grad.double())
+    eager = testing.attention_result(oracle, (q, k, v), grad)
+    ours = testing.attention_result(lambda *x: decode_attention(*x, 40, scale=0.3), (q, k, v), grad)
+    testing.check_attention(ours, exact, eager)
 
 
 def test_decode_gradients_ignore_the_rest_of_the_cache() -> None:
