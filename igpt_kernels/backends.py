@@ -80,13 +80,13 @@ def _without_triton(device: torch.device) -> list[str]:
     reasons = []
     if not _HAS_TRITON:
         reasons.append("triton is not installed (pip install triton)")
-    if device.type == "cuda" and torch.cuda.is_available():
-        # torch.compile folds the properties into a constant, but neither the count nor get_device_capability; and what it
-        # traces has its tensors on a device that is there.
-        if torch.compiler.is_compiling() or (device.index or 0) < torch.cuda.device_count():
-            found = torch.cuda.get_device_properties(device)
-            if (found.major, found.minor) < OLDEST:
-                reasons.append(f"compute capability {found.major}.{found.minor} is below {OLDEST[0]}.{OLDEST[1]}")
+    # torch.compile folds the properties into a constant, but neither the count nor get_device_capability; and what it traces
+    # has its tensors on a device that is there.
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    if cuda and (torch.compiler.is_compiling() or (device.index or 0) < torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(device)
+        if (found.major, found.minor) < OLDEST:
+            reasons.append(f"compute capability {found.major}.{found.minor} is below {OLDEST[0]}.{OLDEST[1]}")
     return reasons
 
 
