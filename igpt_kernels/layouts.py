@@ -1,0 +1,537 @@
+"""Sparse attention patterns over images: which keys a query may see. One definition each; all else is derived from it.
+
+Positions are raster positions of an h x w image: token i is row i // w, column i % w. Patterns are raster-causal unless
+``causal=False``: key <= query, so all pixels of earlier rows that a pattern allows are visible, also those to the right.
+
+A pattern is a `Box` (intervals of row and column differences), a `Predicate` (any function), or a union or intersection of
+patterns. Strided and fixed patterns follow Child et al. 2019 ("Generating Long Sequences with Sparse Transformers").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from igpt_kernels.blocks import BlockLists
+
+Interval = tuple[int, int]
+FAR = 1 << 40
+"""Beyond every difference of positions."""
+ANY: Interval = (-FAR, FAR)
+Fn = Callable[[Tensor, Tensor], Tensor]
+
+_registered: dict[str, SparseLayout] = {}
+
+
+def _within(x: Tensor, interval: Interval) -> Tensor | None:
+    """Whether x lies in the interval, ends included; None where every x does."""
+    low, high = interval
+    if low <= -FAR and high >= FAR:
+        return None
+    if low == high:
+        return x == low
+    if low <= -FAR:
+        return x <= high
+    if high >= FAR:
+        return x >= low
+    return (x >= low) & (x <= high)
+
+
+@dataclass(frozen=True)
+class Box:
+    """Pairs whose differences lie in intervals, on a grid that cuts the tokens into rows of `pitch`.
+
+    With query (qy, qx) and key (ky, kx) on that grid, all of these hold, ends included.
+    """
+
+    spec: str
+    """How it is written: ``local2d:7``."""
+    pitch: int
+    """Tokens in a row of the grid: the image's width, or the stride."""
+    tile: tuple[int, int]
+    """Rows and columns of the tiles it is best cut into."""
+    rows: Interval = ANY
+    """qy - ky: how far above."""
+    cols: Interval = ANY
+    """kx - qx: how far to the right."""
+    keys: Interval = ANY
+    """kx: columns that are seen from everywhere."""
+    lag: Interval = ANY
+    """q - k: how long ago in raster order."""
+
+    def permits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may see key k; both broadcast."""
+        qy, qx = q // self.pitch, q % self.pitch
+        ky, kx = k // self.pitch, k % self.pitch
+        tests = ((qy - ky, self.rows), (kx - qx, self.cols), (kx, self.keys), (q - k, self.lag))
+        result = torch.ones((), dtype=torch.bool, device=q.device).expand(torch.broadcast_shapes(q.shape, k.shape))
+        for x, interval in tests:
+            inside = _within(x, interval)
+            if inside is not None:
+                result = result & inside
+        return result
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """Pairs for which a function says so."""
+
+    spec: str
+    pitch: int
+    tile: tuple[int, int]
+    fn: Fn
+
+    def permits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may see key k.
+
+        Raises:
+            TypeError, ValueError: the function gave anything but a bool tensor that broadcasts to q and k.
+        """
+        result = self.fn(q, k)
+        if not isinstance(result, Tensor) or result.dtype != torch.bool:
+            got = f"{result.dtype} tensor" if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(f"fn(q, k) must give a bool tensor, got {got}")
+        shape = torch.broadcast_shapes(q.shape, k.shape)
+        try:
+            return result.to(q.device).expand(shape)
+        except RuntimeError:
+            raise ValueError(f"fn(q, k) must give a tensor of shape {tuple(shape)}, got {tuple(result.shape)}") from None
+
+
+@dataclass(frozen=True)
+class Union:
+    """Pairs of either pattern."""
+
+    first: Pattern
+    second: Pattern
+
+    @property
+    def spec(self) -> str:
+        return f"{self.first.spec}+{self.second.spec}"
+
+    def permits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may see key k."""
+        return self.first.permits(q, k) | self.second.permits(q, k)
+
+
+@dataclass(frozen=True)
+class Intersection:
+    """Pairs of both patterns."""
+
+    first: Pattern
+    second: Pattern
+
+    @property
+    def spec(self) -> str:
+        sides = (f"({side.spec})" if isinstance(side, Union) else side.spec for side in (self.first, self.second))
+        return "&".join(sides)
+
+    def permits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may see key k."""
+        return self.first.permits(q, k) & self.second.permits(q, k)
+
+
+Pattern = Box | Predicate | Union | Intersection
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs of `carrier` that are in all of `keep` and in none of `drop`. The parts of a pattern are disjoint and cover it."""
+
+    carrier: Box | Predicate
+    keep: tuple[Pattern, ...] = ()
+    drop: tuple[Pattern, ...] = ()
+
+    def permits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may see key k."""
+        result = self.carrier.permits(q, k)
+        for pattern in self.keep:
+            result = result & pattern.permits(q, k)
+        for pattern in self.drop:
+            result = result & ~pattern.permits(q, k)
+        return result
+
+
+def _only_predicates(pattern: Pattern) -> bool:
+    if isinstance(pattern, Union | Intersection):
+        return _only_predicates(pattern.first) and _only_predicates(pattern.second)
+    return isinstance(pattern, Predicate)
+
+
+def split(pattern: Pattern) -> tuple[Part, ...]:
+    """Disjoint parts, each carried by one box or predicate, which says how it is cut into tiles."""
+    if isinstance(pattern, Union):
+        rest = (replace(part, drop=(*part.drop, pattern.first)) for part in split(pattern.second))
+        return (*split(pattern.first), *rest)
+    if isinstance(pattern, Intersection):
+        carrier, filtering = pattern.first, pattern.second
+        # A box knows which tiles it can touch; a predicate has to be asked about all of them.
+        if _only_predicates(carrier) and not _only_predicates(filtering):
+            carrier, filtering = filtering, carrier
+        return tuple(replace(part, keep=(*part.keep, filtering)) for part in split(carrier))
+    return (Part(pattern),)
+
+
+def _check_size(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class SparseLayout:
+    """Which keys each query of an image sees. Immutable, hashable; made by the functions of this module.
+
+    ``a | b`` sees what either sees, ``a & b`` what both see.
+
+    Attributes:
+        height: rows of the image.
+        width: columns.
+        pattern: the definition.
+        causal: only keys at or before the query in raster order.
+        tokens: tokens attended, the first so many of the image; ``height * width`` unless made by `prefix`.
+        key: a string that names it in this process, equal for equal layouts.
+    """
+
+    height: int
+    width: int
+    pattern: Pattern
+    causal: bool = True
+    tokens: int = -1
+    _tile: tuple[int, int] | None = None
+    key: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        _check_size("height", self.height)
+        _check_size("width", self.width)
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be a bool, got {type(self.causal).__name__}")
+        if self.tokens == -1:
+            object.__setattr__(self, "tokens", self.height * self.width)
+        size = f"@{self.height}x{self.width}"
+        tile = "" if self._tile is None else f",tile={self._tile[0]}x{self._tile[1]}"
+        prefix = "" if self.tokens == self.height * self.width else f"[:{self.tokens}]"
+        object.__setattr__(self, "key", f"{self.pattern.spec}{size}{prefix}{'' if self.causal else ',full'}{tile}")
+        _registered[self.key] = self
+
+    def __str__(self) -> str:
+        return self.key
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the tiles that the pattern is cut into (its first part, if it has several)."""
+        return self._tile or split(self.pattern)[0].carrier.tile
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the definition hides nothing but the future."""
+        return isinstance(self.pattern, Box) and self.pattern.spec == "dense"
+
+    def permits(self, q: Tensor | int, k: Tensor | int) -> Tensor:
+        """Whether the query at raster position q may see the key at k; integers or integer tensors that broadcast.
+
+        Raises:
+            TypeError: not integers.
+            ValueError: a position outside of the image.
+        """
+        positions = []
+        for name, x in (("q", q), ("k", k)):
+            if not isinstance(x, Tensor):
+                if not isinstance(x, int) or isinstance(x, bool):
+                    raise TypeError(f"{name} must be an int or an integer tensor, got {type(x).__name__}")
+                x = torch.tensor(x)
+            if x.is_floating_point() or x.dtype == torch.bool:
+                raise TypeError(f"{name} must be an int or an integer tensor, got {x.dtype}")
+            if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < self.tokens):
+                raise ValueError(f"{name} must lie from 0 to {self.tokens - 1}, got {int(x.min())} to {int(x.max())}")
+            positions.append(x.long())
+        return self._permits(positions[0], positions[1])
+
+    def _permits(self, q: Tensor, k: Tensor) -> Tensor:
+        result = self.pattern.permits(q, k)
+        return result & (k <= q) if self.causal else result.clone()
+
+    def dense_mask(self, device: torch.device | str | None = None) -> Tensor:
+        """The whole pattern, bool [T,T], row = query: the truth that the block lists are tested against. Costs T² bytes."""
+        position = torch.arange(self.tokens, device=device)
+        return self._permits(position[:, None], position[None, :])
+
+    def block_lists(self, block_m: int = 64, block_n: int = 64) -> tuple[BlockLists, ...]:
+        """The pattern as lists of tiles, one `BlockLists` for each disjoint part; cached. See `igpt_kernels.blocks`.
+
+        Args:
+            block_m: queries in a tile, a power of two from 16 to 128.
+            block_n: keys in a tile.
+
+        Cost: O(touched tiles), except for predicates: all pairs once, in T² time and O(touched tiles) memory.
+        """
+        from igpt_kernels.blocks import block_lists
+
+        return block_lists(self.key, block_m, block_n)
+
+    def keys_of(self, query: int) -> Tensor:
+        """The keys that one query sees, int64, ascending; reads one row of tiles."""
+        from igpt_kernels.blocks import keys_of
+
+        _check_size("query + 1", query + 1 if isinstance(query, int) else query)
+        if query >= self.tokens:
+            raise ValueError(f"query must be below {self.tokens}, got {query}")
+        return keys_of(self.key, query)
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs."""
+        return sum(lists.pairs for lists in self.block_lists())
+
+    @property
+    def density(self) -> float:
+        """Visible pairs as a share of the causal triangle, ``pairs / (T(T+1)/2)``; 1 is causal dense attention."""
+        return self.pairs / (self.tokens * (self.tokens + 1) / 2)
+
+    @property
+    def tile_density(self) -> float:
+        """Pairs inside touched tiles of 64 x 64 as a share of the causal triangle: what is computed, not what is seen."""
+        return sum(lists.touched_pairs for lists in self.block_lists()) / (self.tokens * (self.tokens + 1) / 2)
+
+    def prefix(self, tokens: int) -> SparseLayout:
+        """The same pattern over the first `tokens` tokens, as the first half of an image needs it before it is completed.
+
+        Raises:
+            ValueError: not from 1 to the image's tokens.
+        """
+        if not isinstance(tokens, int) or not 1 <= tokens <= self.height * self.width:
+            raise ValueError(f"tokens must be from 1 to {self.height * self.width}, got {tokens!r}")
+        return self if tokens == self.tokens else replace(self, tokens=tokens)
+
+    def with_tile(self, rows: int, cols: int) -> SparseLayout:
+        """The same pattern, cut into tiles of rows x cols tokens (both scaled where a kernel's blocks are larger or smaller).
+
+        Raises:
+            ValueError: rows or cols no power of two, or rows x cols not from 16 to 128.
+        """
+        for name, value in (("rows", rows), ("cols", cols)):
+            _check_size(name, value)
+            if value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if not 16 <= rows * cols <= 128:
+            raise ValueError(f"rows x cols must be from 16 to 128 tokens, got {rows} x {cols}")
+        return replace(self, _tile=(rows, cols))
+
+    def _combine(self, other: object, kind: type[Union] | type[Intersection]) -> SparseLayout:
+        if not isinstance(other, SparseLayout):
+            raise TypeError(f"a layout can be combined with a layout, got {type(other).__name__}")
+        for name in ("height", "width", "causal", "tokens"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"both layouts must have the same {name}, got {mine} and {theirs}")
+        return replace(self, pattern=kind(self.pattern, other.pattern))
+
+    def __or__(self, other: SparseLayout) -> SparseLayout:
+        return self._combine(other, Union)
+
+    def __and__(self, other: SparseLayout) -> SparseLayout:
+        return self._combine(other, Intersection)
+
+
+def registered(key: str) -> SparseLayout:
+    """The layout with this `key`. Registered operators take keys, because their arguments are tensors and plain values.
+
+    Raises:
+        KeyError: no such layout was made in this process.
+    """
+    return _registered[key]
+
+
+def dense(height: int, width: int, *, causal: bool = True) -> SparseLayout:
+    """Every key at or before the query; every key when not causal."""
+    _check_size("height", height)
+    _check_size("width", width)
+    return SparseLayout(height, width, Box("dense", height * width, (1, 64)), causal)
+
+
+def local2d(height: int, width: int, radius: int, *, causal: bool = True) -> SparseLayout:
+    """The pixels at most `radius` rows and columns away: ``|qy - ky| <= R and |qx - kx| <= R``.
+
+    Causal: the R rows above on both sides, and R pixels to the left. ``R(2R+1) + R + 1`` keys inside an image.
+
+    Args:
+        height: rows of the image.
+        width: columns.
+        radius: R, in pixels; 0 is the pixel itself.
+        causal: False: in all directions, (2R+1)² keys.
+
+    Raises:
+        TypeError, ValueError: an argument that is no int, or too small.
+    """
+    if not isinstance(radius, int) or isinstance(radius, bool):
+        raise TypeError(f"radius must be an int, got {type(radius).__name__}")
+    if radius < 0:
+        raise ValueError(f"radius must not be negative, got {radius}")
+    _check_size("width", width)
+    box = Box(f"local2d:{radius}", width, (8, 8), rows=(-radius, radius), cols=(-radius, radius))
+    return SparseLayout(height, width, box, causal)
+
+
+def row(height: int, width: int, *, causal: bool = True) -> SparseLayout:
+    """The query's own row: ``ky == qy``; causal: up to the query."""
+    _check_size("width", width)
+    return SparseLayout(height, width, Box("row", width, (1, 64), rows=(0, 0)), causal)
+
+
+def column(height: int, width: int, *, causal: bool = True) -> SparseLayout:
+    """The query's own column: ``kx == qx``; causal: from the query upwards."""
+    _check_size("width", width)
+    return SparseLayout(height, width, Box("column", width, (64, 1), cols=(0, 0)), causal)
+
+
+def row_column(height: int, width: int, *, causal: bool = True) -> SparseLayout:
+    """The query's own row and column; two layers of it reach every earlier pixel of the rectangle above and left."""
+    return row(height, width, causal=causal) | column(height, width, causal=causal)
+
+
+def _check_stride(stride: int | None, width: int) -> int:
+    if stride is None:
+        stride = width
+    _check_size("stride", stride)
+    return stride
+
+
+def strided(height: int, width: int, stride: int | None = None, *, causal: bool = True) -> SparseLayout:
+    """The strided pattern of the Sparse Transformer, both of its sets in one head: ``q - k <= l`` or ``(q - k) % l == 0``.
+
+    The first set is a window of raster order, so it spans two rows of the image.
+
+    Args:
+        height: rows of the image.
+        width: columns.
+        stride: l; the width when None, which makes the second set the column.
+        causal: False: the same in both directions.
+
+    Raises:
+        TypeError, ValueError: an argument that is no int, or too small.
+    """
+    _check_size("width", width)
+    stride = _check_stride(stride, width)
+    window = Box(f"window:{stride}", stride, (1, 64), rows=(-1, 1), lag=(-stride, stride))
+    every = Box(f"every:{stride}", stride, (64, 1), cols=(0, 0))
+    return SparseLayout(height, width, Union(window, every), causal)
+
+
+def fixed(height: int, width: int, stride: int | None = None, c: int = 8, *, causal: bool = True) -> SparseLayout:
+    """The fixed pattern of the Sparse Transformer, both of its sets in one head: ``k // l == q // l`` or ``k % l >= l - c``.
+
+    Args:
+        height: rows of the image.
+        width: columns.
+        stride: l; the width when None, which makes the first set the row.
+        c: columns at the end of each stretch of l tokens that all later queries see.
+        causal: False: the same in both directions.
+
+    Raises:
+        TypeError, ValueError: an argument that is no int or too small, or c > stride.
+    """
+    _check_size("width", width)
+    stride = _check_stride(stride, width)
+    _check_size("c", c)
+    if c > stride:
+        raise ValueError(f"c must be at most the stride, {stride}, got {c}")
+    block = Box(f"block:{stride}", stride, (1, 64), rows=(0, 0))
+    summary = Box(f"summary:{stride},{c}", stride, (8, 8), keys=(stride - c, FAR))
+    return SparseLayout(height, width, Union(block, summary), causal)
+
+
+def from_predicate(height: int, width: int, fn: Fn, *, causal: bool = True) -> SparseLayout:
+    """Any pattern: ``fn(q, k)`` says whether the query at raster position q may see the key at k.
+
+    Args:
+        height: rows of the image.
+        width: columns.
+        fn: takes two int64 tensors of raster positions that broadcast against each other, gives a bool tensor. Must be a
+            pure function of them. Two layouts are equal when they hold the same function object.
+        causal: AND the pattern with ``k <= q``.
+
+    Raises:
+        TypeError: fn cannot be called.
+
+    Cost: the block lists ask fn about all T² pairs, once (0.5 s at 64², minutes at 256²).
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of (q, k), got {type(fn).__name__}")
+    _check_size("width", width)
+    known = _predicates.setdefault(fn, f"predicate#{len(_predicates) + 1}")
+    return SparseLayout(height, width, Predicate(known, width, (8, 8), fn), causal)
+
+
+_predicates: dict[Fn, str] = {}
+_MAKERS: dict[str, tuple[Callable[..., SparseLayout], int, int]] = {
+    "dense": (dense, 0, 0),
+    "local2d": (local2d, 1, 1),
+    "row": (row, 0, 0),
+    "column": (column, 0, 0),
+    "row_column": (row_column, 0, 0),
+    "strided": (strided, 0, 1),
+    "fixed": (fixed, 0, 2),
+}
+FORMS = "dense, local2d:R, row, column, row_column, strided[:STRIDE], fixed[:STRIDE[,C]]; joined by + (either) or & (both)"
+
+
+def parse(text: str, height: int, width: int, *, causal: bool = True) -> SparseLayout:
+    """A layout from its string form: ``local2d:7``, ``strided:128``, ``fixed:64,8``; ``+`` is union, ``&`` binds tighter.
+
+    Args:
+        text: names with numbers behind a colon.
+        height: rows of the image.
+        width: columns.
+        causal: False: also the future.
+
+    Raises:
+        TypeError, ValueError: no such pattern, or its numbers are wrong; the message names the forms there are.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"pattern must be a string, got {type(text).__name__}")
+    union: SparseLayout | None = None
+    for terms in text.split("+"):
+        both: SparseLayout | None = None
+        for term in terms.split("&"):
+            found = re.fullmatch(r"\s*([a-z0-9_]+?)\s*(?::\s*(\d+(?:\s*,\s*\d+)*))?\s*", term)
+            if found is None or found.group(1) not in _MAKERS:
+                raise ValueError(f"pattern must be of {FORMS}; got {text!r}")
+            make, fewest, most = _MAKERS[found.group(1)]
+            numbers = [int(number) for number in found.group(2).split(",")] if found.group(2) else []
+            if not fewest <= len(numbers) <= most:
+                wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+                raise ValueError(f"pattern {found.group(1)} takes {wanted} numbers, got {len(numbers)} in {text!r}")
+            layout = make(height, width, *numbers, causal=causal)
+            both = layout if both is None else both & layout
+        assert both is not None
+        union = both if union is None else union | both
+    assert union is not None
+    return union
+
+
+def per_head(layouts: SparseLayout | Sequence[SparseLayout], heads: int) -> dict[SparseLayout, list[int]]:
+    """The distinct layouts of a layer, each with the heads that use it.
+
+    Raises:
+        TypeError: anything but layouts.
+        ValueError: a sequence that has not one layout for each head, or layouts of different token counts.
+    """
+    if isinstance(layouts, SparseLayout):
+        return {layouts: list(range(heads))}
+    if not isinstance(layouts, Sequence) or not all(isinstance(layout, SparseLayout) for layout in layouts):
+        raise TypeError(f"layout must be a SparseLayout or a sequence of them, got {type(layouts).__name__}")
+    if len(layouts) != heads:
+        raise ValueError(f"layout must have one entry for each of {heads} heads, got {len(layouts)}")
+    groups: dict[SparseLayout, list[int]] = {}
+    for head, layout in enumerate(layouts):
+        groups.setdefault(layout, []).append(head)
+    if len({layout.tokens for layout in groups}) > 1:
+        raise ValueError(f"layouts of all heads must have as many tokens, got {sorted({x.tokens for x in groups})}")
+    return groups
