@@ -41,6 +41,7 @@ class BlockLists:
             the image see nothing and are not seen.
         pairs: visible pairs.
         touched_pairs: pairs of tokens in touched tiles.
+        longest: most tiles of keys of any tile of queries.
     """
 
     pitch: int
@@ -56,6 +57,7 @@ class BlockLists:
     masks: Tensor
     pairs: int
     touched_pairs: int
+    longest: int
 
     @property
     def blocks(self) -> int:
@@ -292,6 +294,7 @@ def _build(layout: SparseLayout, part: Part, block_m: int, block_n: int) -> Bloc
         masks=tensor(masks),
         pairs=int(count[inverse].sum()),
         touched_pairs=int((q_sizes[q] * k_sizes[k]).sum()),
+        longest=int(np.bincount(q, minlength=1).max()),
     )
 
 

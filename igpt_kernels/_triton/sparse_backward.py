@@ -1,0 +1,214 @@
+"""Block-sparse attention, backward: as `flash_backward`, two passes and no atomics, over the tiles that a pattern's lists name.
+
+One kernel walks the queries of a tile of keys (dK, dV), the other the keys of a tile of queries (dQ). Later parts of a
+pattern add to the sums of the parts before, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from igpt_kernels import tuning
+from igpt_kernels._triton.common import (
+    LOG2E,
+    accumulate,
+    empty_heads,
+    heads_in_l2,
+    load_tile,
+    on_device,
+    place_tile,
+    scores,
+    store_tile,
+    zeros,
+)
+from igpt_kernels._triton.flash_backward import launch_flash_delta
+from igpt_kernels._triton.sparse_forward import (
+    Group,
+    first_token,
+    has_parts,
+    head_arguments,
+    parts_of,
+    tile_tokens,
+    visible_pairs,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "k_rows", "k_cols", "q_cols", "tiles", "group"])
+def _sparse_backward_keys_kernel(
+    Q, K, V, Grad, Lse, Delta, DK, DV, BeforeK, BeforeV,  # dk, dv and what was before in memory [B,T,H,D]
+    Heads, Ptr, Queries, MaskIds, Masks,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_gb, stride_gh, stride_gt, stride_gd,
+    heads, G, H, T, pitch, k_rows, k_cols, q_cols, tiles, group, scale, factor,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys of one head; `factor` is the scale in the last part, 1 in those before."""
+    tile, head = place_tile(tl.program_id(0), tiles, heads, group, False)
+    batch = (head // G).to(tl.int64)
+    h = tl.load(Heads + head % G).to(tl.int64)
+    cols, col_ok = tile_tokens(first_token(tile, k_rows, k_cols, pitch), tl.arange(0, BLOCK_N), k_cols, pitch, T)
+    slots = tl.arange(0, BLOCK_M)
+    at = cols.to(tl.int64)
+    scale_log2 = scale * LOG2E
+
+    k0, k1 = load_tile(K + batch * stride_kb + h * stride_kh, at * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+    v0, v1 = load_tile(V + batch * stride_vb + h * stride_vh, at * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+    base = (batch * T * H + h) * D
+    if BeforeK is None:
+        dk0, dk1 = zeros(BLOCK_N, DA, DB)
+        dv0, dv1 = zeros(BLOCK_N, DA, DB)
+    else:
+        dk0, dk1 = load_tile(BeforeK + base, at * H * D, col_ok, 1, D, DA, DB, tl.float32, True)
+        dv0, dv1 = load_tile(BeforeV + base, at * H * D, col_ok, 1, D, DA, DB, tl.float32, True)
+    q_base = Q + batch * stride_qb + h * stride_qh
+    g_base = Grad + batch * stride_gb + h * stride_gh
+    row_base = (batch * H + h) * T
+
+    for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
+        token, row_ok = tile_tokens(tl.load(Queries + j), slots, q_cols, pitch, T)
+        mask = tl.load(MaskIds + j)
+        there = token.to(tl.int64)
+        q0, q1 = load_tile(q_base, there * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+        g0, g1 = load_tile(g_base, there * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+        lse = tl.load(Lse + row_base + token, mask=row_ok, other=0.0) * LOG2E
+        delta = tl.load(Delta + row_base + token, mask=row_ok, other=0.0)
+        # Transposed scores, [N, M]: see flash_backward.key_step.
+        p = tl.math.exp2(scores(k0, k1, q0, q1, DB) * scale_log2 - lse[None, :])
+        if mask >= 0:
+            # After the exponential: a row that sees nothing has lse = -inf, and exp2(inf) must not survive.
+            p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True), p, 0.0)
+        dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, DB)
+        ds = p * (scores(v0, v1, g0, g1, DB) - delta[None, :])
+        dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, DB)
+
+    store_tile(DK + base, at * H * D, col_ok, dk0 * factor, dk1 * factor, D, DA, DB)
+    store_tile(DV + base, at * H * D, col_ok, dv0, dv1, D, DA, DB)
+
+
+@triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
+def _sparse_backward_queries_kernel(
+    Q, K, V, Grad, Lse, Delta, DQ, Before,  # dq and what was before in memory [B,T,H,D]
+    Heads, Ptr, Keys, MaskIds, Masks,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_gb, stride_gh, stride_gt, stride_gd,
+    heads, G, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale, factor,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries of one head; `factor` is the scale in the last part, 1 in those before."""
+    tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
+    batch = (head // G).to(tl.int64)
+    h = tl.load(Heads + head % G).to(tl.int64)
+    rows, row_ok = tile_tokens(first_token(tile, q_rows, q_cols, pitch), tl.arange(0, BLOCK_M), q_cols, pitch, T)
+    slots = tl.arange(0, BLOCK_N)
+    at = rows.to(tl.int64)
+    scale_log2 = scale * LOG2E
+
+    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, at * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+    g0, g1 = load_tile(Grad + batch * stride_gb + h * stride_gh, at * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+    base = (batch * T * H + h) * D
+    if Before is None:
+        dq0, dq1 = zeros(BLOCK_M, DA, DB)
+    else:
+        dq0, dq1 = load_tile(Before + base, at * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
+    row_base = (batch * H + h) * T
+    lse = tl.load(Lse + row_base + rows, mask=row_ok, other=0.0) * LOG2E
+    delta = tl.load(Delta + row_base + rows, mask=row_ok, other=0.0)
+    k_base = K + batch * stride_kb + h * stride_kh
+    v_base = V + batch * stride_vb + h * stride_vh
+
+    for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
+        token, col_ok = tile_tokens(tl.load(Keys + j), slots, k_cols, pitch, T)
+        mask = tl.load(MaskIds + j)
+        there = token.to(tl.int64)
+        k0, k1 = load_tile(k_base, there * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+        v0, v1 = load_tile(v_base, there * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+        p = tl.math.exp2(scores(q0, q1, k0, k1, DB) * scale_log2 - lse[:, None])
+        if mask >= 0:
+            p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, False), p, 0.0)
+        ds = p * (scores(g0, g1, v0, v1, DB) - delta[:, None])
+        dq0, dq1 = accumulate(ds, k0, k1, dq0, dq1, DB)
+
+    store_tile(DQ + base, at * H * D, row_ok, dq0 * factor, dq1 * factor, D, DA, DB)
+
+
+def launch_sparse_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    groups: Sequence[Group],
+    *,
+    scale: float,
+    key_config: tuning.Config | None = None,
+    query_config: tuning.Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernels on what the forward kernel took and gave.
+
+    Args:
+        grad: gradient of the output [B,H,T,D]; any strides, 0 too.
+        q: [B,H,T,D].
+        k: [B,H,T,D].
+        v: [B,H,T,D].
+        out: output of the forward kernel.
+        lse: its log-sum-exp [B,H,T] float32, contiguous.
+        groups: as in the forward kernel.
+        scale: as in the forward kernel.
+        key_config: tiles and warps of the dK, dV kernel; the shipped ones when None.
+        query_config: tiles and warps of the dQ kernel; the shipped ones when None.
+
+    Returns:
+        dq, dk, dv of the shape and dtype of q, in memory [B,T,H,D].
+    """
+    batch, heads, tokens, head_dim = q.shape
+    dq, dk, dv = (empty_heads(q, tokens) for _ in range(3))
+    if dq.numel() == 0:
+        return dq, dk, dv
+    delta = launch_flash_delta(grad, out)
+    if key_config is None:
+        key_config = tuning.lookup("sparse_backward_keys", dtype=q.dtype, head_dim=head_dim, device=q.device)
+    if query_config is None:
+        query_config = tuning.lookup("sparse_backward_queries", dtype=q.dtype, head_dim=head_dim, device=q.device)
+    between = [dq, dk, dv]
+    if q.dtype != torch.float32 and has_parts(groups, key_config):
+        between = [empty_heads(x.float(), tokens) for x in between]
+    strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
+    head = head_arguments(q)
+
+    def sizes(count: int, tiles: int) -> tuple[int, int]:
+        return tiles, heads_in_l2(batch * count, tokens, head_dim, q.element_size())
+
+    with on_device(q):
+        for numbers, lists, first, last in parts_of(groups, key_config, q.device):
+            tiles, group = sizes(len(numbers), len(lists.k_ptr) - 1)
+            _sparse_backward_keys_kernel[(tiles * batch * len(numbers),)](
+                q, k, v, grad, lse, delta, *((dk, dv) if last else between[1:]), *((None, None) if first else between[1:]),
+                numbers, lists.k_ptr, lists.k_queries, lists.k_masks, lists.masks, *strides,
+                batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
+                tiles, group, scale, scale if last else 1.0,
+                **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n,
+                num_warps=key_config.num_warps, num_stages=key_config.num_stages,
+            )  # fmt: skip
+        for numbers, lists, first, last in parts_of(groups, query_config, q.device):
+            tiles, group = sizes(len(numbers), len(lists.q_ptr) - 1)
+            _sparse_backward_queries_kernel[(tiles * batch * len(numbers),)](
+                q, k, v, grad, lse, delta, dq if last else between[0], None if first else between[0],
+                numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks, *strides,
+                batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
+                tiles, group, scale, scale if last else 1.0,
+                **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n,
+                num_warps=query_config.num_warps, num_stages=query_config.num_stages,
+            )  # fmt: skip
+    return dq, dk, dv

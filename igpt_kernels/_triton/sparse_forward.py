@@ -1,0 +1,199 @@
+"""Block-sparse attention, forward: the tiles of keys that a pattern's lists name, gathered from tokens in raster order.
+
+A pattern is one or more disjoint parts (`igpt_kernels.blocks`), each a launch. A later part goes on with the softmax where the
+one before stopped, so nothing has to be merged. Shapes of tiles, sizes and lists are runtime values: no pattern compiles anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from igpt_kernels import blocks, tuning
+from igpt_kernels._triton.common import (
+    LN2,
+    LOG2E,
+    accumulate,
+    dot_dtype,
+    empty_heads,
+    heads_in_l2,
+    load_tile,
+    on_device,
+    place_tile,
+    scores,
+    split_head_dim,
+    store_tile,
+    zeros,
+)
+
+
+@triton.jit
+def tile_tokens(first, slots, cols, pitch, T):
+    """Tokens of the elements `slots` of a tile of `cols` columns, and which of them exist."""
+    col = slots % cols
+    token = first + slots // cols * pitch + col
+    return token, (first % pitch + col < pitch) & (token < T)
+
+
+@triton.jit
+def first_token(tile, rows, cols, pitch):
+    """The first token of a tile, by its number."""
+    across = tl.cdiv(pitch, cols)
+    return tile // across * rows * pitch + tile % across * cols
+
+
+@triton.jit
+def visible_pairs(Masks, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Mask number `mask` as bools [BLOCK_M, BLOCK_N], or transposed. One word of 32 keys is loaded for each query and word."""
+    words: tl.constexpr = (BLOCK_N + 31) // 32
+    base = Masks + (mask * BLOCK_M + tl.arange(0, BLOCK_M)) * words
+    cols = tl.arange(0, BLOCK_N)
+    if TRANSPOSED:
+        word = tl.broadcast_to(tl.load(base)[None, :], [BLOCK_N, BLOCK_M])
+        for i in tl.static_range(1, words):
+            word = tl.where((cols // 32 == i)[:, None], tl.load(base + i)[None, :], word)
+        return ((word >> (cols % 32)[:, None]) & 1) != 0
+    word = tl.broadcast_to(tl.load(base)[:, None], [BLOCK_M, BLOCK_N])
+    for i in tl.static_range(1, words):
+        word = tl.where((cols // 32 == i)[None, :], tl.load(base + i)[:, None], word)
+    return ((word >> (cols % 32)[None, :]) & 1) != 0
+
+
+@triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
+def _sparse_forward_kernel(
+    Q, K, V, Out, Lse, Before,  # q, k, v [B,H,T,D] of any strides; out, before in memory [B,T,H,D]; lse [B,H,T]
+    Heads, Ptr, Keys, MaskIds, Masks,  # heads [G]; lists of `BlockLists`
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    heads, G, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head. With `Before`, the output of the parts before, their lse in `Lse` is gone on with."""
+    tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
+    batch = (head // G).to(tl.int64)
+    h = tl.load(Heads + head % G).to(tl.int64)
+    slots = tl.arange(0, BLOCK_M)
+    rows, row_ok = tile_tokens(first_token(tile, q_rows, q_cols, pitch), slots, q_cols, pitch, T)
+    cols = tl.arange(0, BLOCK_N)
+    scale_log2 = scale * LOG2E
+    at = rows.to(tl.int64)
+
+    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, at * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+    k_base = K + batch * stride_kb + h * stride_kh
+    v_base = V + batch * stride_vb + h * stride_vh
+    lse_ptrs = Lse + (batch * H + h) * T + rows
+    out_offset = (batch * T * H + h) * D
+    if Before is None:
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+        acc0, acc1 = zeros(BLOCK_M, DA, DB)
+    else:
+        m = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * LOG2E
+        l = tl.where(m == float("-inf"), 0.0, 1.0)  # noqa: E741
+        acc0, acc1 = load_tile(Before + out_offset, at * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
+
+    for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
+        token, col_ok = tile_tokens(tl.load(Keys + j), cols, k_cols, pitch, T)
+        mask = tl.load(MaskIds + j)
+        there = token.to(tl.int64)
+        k0, k1 = load_tile(k_base, there * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+        v0, v1 = load_tile(v_base, there * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+        s = scores(q0, q1, k0, k1, DB)
+        if mask >= 0:
+            s = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, False), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        # A row that has seen nothing yet has the maximum -inf, and -inf - -inf is NaN.
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(s * scale_log2 - finite[:, None])
+        shrink = tl.math.exp2(m - finite)
+        l = l * shrink + tl.sum(p, 1)  # noqa: E741
+        acc0 = acc0 * shrink[:, None]
+        if DB > 0:
+            acc1 = acc1 * shrink[:, None]
+        acc0, acc1 = accumulate(p, v0, v1, acc0, acc1, DB)
+        m = m_new
+
+    blind = l == 0
+    l = tl.where(blind, 1.0, l)  # noqa: E741
+    lse = tl.where(blind, float("-inf"), (m + tl.math.log2(l)) * LN2)
+    tl.store(lse_ptrs, lse, mask=row_ok)
+    store_tile(Out + out_offset, at * H * D, row_ok, acc0 / l[:, None], acc1 / l[:, None], D, DA, DB)
+
+
+Group = tuple[str, Sequence[int]]
+"""The key of a layout, and the heads that use it."""
+
+
+@functools.lru_cache(maxsize=256)
+def head_numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The heads of a group, int32 on the device."""
+    return torch.tensor(heads, dtype=torch.int32, device=device)
+
+
+def parts_of(
+    groups: Sequence[Group], config: tuning.Config, device: torch.device
+) -> Iterator[tuple[Tensor, blocks.BlockLists, bool, bool]]:
+    """What is launched: heads, lists, and whether these are the first and the last of these heads."""
+    for key, heads in groups:
+        numbers = head_numbers(tuple(heads), device)
+        lists = blocks.block_lists_on(key, config.block_m, config.block_n, device)
+        for i, part in enumerate(lists):
+            yield numbers, part, i == 0, i == len(lists) - 1
+
+
+def has_parts(groups: Sequence[Group], config: tuning.Config) -> bool:
+    """Whether some layout has several parts, whose sums are kept in float32 in between."""
+    return any(len(blocks.block_lists(key, config.block_m, config.block_n)) > 1 for key, _ in groups)
+
+
+def head_arguments(q: Tensor) -> Mapping[str, object]:
+    """How a head is cut, as the kernels take it."""
+    part_a, part_b = split_head_dim(q.shape[3])
+    return {"D": q.shape[3], "DA": part_a, "DB": part_b, "DOT": dot_dtype(q.dtype)}
+
+
+def launch_sparse_forward(
+    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], *, scale: float, config: tuning.Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel on checked arguments; see `igpt_kernels.block_sparse_attention`.
+
+    Args:
+        q: [B,H,T,D] float16, bfloat16 or float32, D <= 256; any strides.
+        k: [B,H,T,D].
+        v: [B,H,T,D].
+        groups: layouts with their heads; every head once.
+        scale: factor of the scores, above 0.
+        config: tile sizes and warps; the shipped ones for this device when None.
+
+    Returns:
+        out [B,H,T,D] in memory [B,T,H,D], dtype of q, and lse [B,H,T] float32, natural logarithm.
+    """
+    batch, heads, tokens, head_dim = q.shape
+    out = empty_heads(q, tokens)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if config is None:
+        config = tuning.lookup("sparse_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
+    between = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(out.float(), tokens)
+    for numbers, lists, first, last in parts_of(groups, config, q.device):
+        rows = batch * len(numbers)
+        tiles = len(lists.q_ptr) - 1
+        with on_device(q):
+            _sparse_forward_kernel[(tiles * rows,)](
+                q, k, v, out if last else between, lse, None if first else between,
+                numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks,
+                *q.stride(), *k.stride(), *v.stride(),
+                rows, len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
+                tiles, heads_in_l2(rows, tokens, head_dim, q.element_size()), scale,
+                **head_arguments(q), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+    return out, lse
