@@ -25,14 +25,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from igpt_kernels import tuning
-from igpt_kernels._triton import decode, flash_backward, flash_forward
+from igpt_kernels import layouts, tuning
+from igpt_kernels._triton import decode, flash_backward, flash_forward, sparse_backward, sparse_decode, sparse_forward
 
 # Table of configurations -> the chip it is compiled for, and the shared memory that chip gives one program (CUDA C++
 # programming guide, "technical specifications per compute capability").
 TARGETS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10), "default": (86, 99 << 10)}
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
-PRODUCTS = ("flash_forward", "flash_backward_keys", "flash_backward_queries")
+PRODUCTS = (
+    "flash_forward",
+    "flash_backward_keys",
+    "flash_backward_queries",
+    "sparse_forward",
+    "sparse_backward_keys",
+    "sparse_backward_queries",
+)
+PAIRS = {f"{kind}_backward_{one}": f"{kind}_backward_{other}" for kind in ("flash", "sparse") for one, other in (("keys", "queries"), ("queries", "keys"))}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -97,15 +105,26 @@ def launch(kernel: str, head_dim: int, dtype: torch.dtype, config: tuning.Config
     """Call the launcher of a kernel on views of a fused [B,T,3,H,D] tensor, as a model makes them."""
     fused = torch.empty(2, 256, 3, 4, head_dim, dtype=dtype)
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
+    lse = torch.empty(2, 4, 256)
+    # Two parts: the first writes what the second goes on with, and both forms of each kernel are compiled.
+    groups = [(layouts.row_column(16, 16).key, (0, 1, 2, 3))]
+    pair = (config, other) if kernel.endswith("_keys") else (other, config)
     if kernel == "flash_forward":
         flash_forward.launch_flash_forward(q, k, v, causal=True, scale=0.1, config=config)
     elif kernel == "decode":
         decode.launch_decode(q[:, :, :1], k, v, torch.ones(2, dtype=torch.int64), scale=0.1, config=config)
+    elif kernel == "sparse_forward":
+        sparse_forward.launch_sparse_forward(q, k, v, groups, scale=0.1, config=config)
+    elif kernel == "sparse_decode":
+        lengths = torch.ones(2, dtype=torch.int64)
+        sparse_decode.launch_sparse_decode(q[:, :, :1], k, v, lengths, groups, scale=0.1, config=config)
+    elif kernel.startswith("sparse"):
+        sparse_backward.launch_sparse_backward(
+            q, q, k, v, q, lse, groups, scale=0.1, key_config=pair[0], query_config=pair[1]
+        )
     else:
-        configs = (config, other) if kernel == "flash_backward_keys" else (other, config)
-        lse = torch.empty(2, 4, 256)
         flash_backward.launch_flash_backward(
-            q, q, k, v, q, lse, causal=True, scale=0.1, key_config=configs[0], query_config=configs[1]
+            q, q, k, v, q, lse, causal=True, scale=0.1, key_config=pair[0], query_config=pair[1]
         )
 
 
@@ -129,9 +148,9 @@ def audit(table: str, kernel: str, bits: int, head_dim: int, config: tuning.Conf
     capability, limit = TARGETS[table]
     shipped = tuning.table(table)
     chosen = tuning.nearest(shipped, kernel, bits, head_dim) if config is None else config
-    pair = {"flash_backward_keys": "flash_backward_queries"}.get(kernel, "flash_backward_keys")
+    other = tuning.nearest(shipped, PAIRS[kernel], bits, head_dim) if kernel in PAIRS else chosen
     with compile_only(capability) as compiled:
-        launch(kernel, head_dim, DTYPES[bits], chosen, tuning.nearest(shipped, pair, bits, head_dim))
+        launch(kernel, head_dim, DTYPES[bits], chosen, other)
     rows = []
     for name, result in compiled:
         if kernel in PRODUCTS and kernel not in name:
