@@ -9,25 +9,37 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from igpt_kernels.attention import decode_attention, flash_attention
+    from igpt_kernels import layouts
+    from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
     from igpt_kernels.backends import explain
     from igpt_kernels.palette import PaletteTable, palette_lookup
 
 _ROOMS = {
     "PaletteTable": "palette",
+    "block_sparse_attention": "attention",
     "decode_attention": "attention",
     "explain": "backends",
     "flash_attention": "attention",
+    "layouts": "layouts",
     "palette_lookup": "palette",
 }
 
-__all__ = ["PaletteTable", "decode_attention", "explain", "flash_attention", "palette_lookup"]
+__all__ = [
+    "PaletteTable",
+    "block_sparse_attention",
+    "decode_attention",
+    "explain",
+    "flash_attention",
+    "layouts",
+    "palette_lookup",
+]
 
 
 def __getattr__(name: str) -> object:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    room = importlib.import_module(f"{__name__}.{_ROOMS[name]}")
+    return room if name == _ROOMS[name] else getattr(room, name)
 
 
 def __dir__() -> list[str]:

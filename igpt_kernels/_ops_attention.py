@@ -105,12 +105,14 @@ def _save_decode(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object,
     ctx.mark_non_differentiable(output[1])
 
 
-def _decode_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """Eager: one query's weights are no larger than a column of the cache. Nothing saved from the forward pass but its inputs
-    enters, so that differentiating this once more is right too."""
-    q, k_cache, v_cache, lengths = ctx.saved_tensors  # type: ignore[attr-defined]
-    length, scale = ctx.how  # type: ignore[attr-defined]
-    visible = torch_attention.visible_keys(k_cache, length if lengths is None else lengths)[:, None, None, :]
+def decode_gradients(
+    grad: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one query a sequence, which sees the keys of `visible` (bool, broadcast to [B,H,1,Tmax]).
+
+    Eager: one query's weights are no larger than a column of the cache. Nothing saved from the forward pass but its inputs
+    enters, so that differentiating this once more is right too.
+    """
     # A hidden key may be NaN, and a weight of 0 would not stop it.
     hidden = ~visible.transpose(-1, -2)
     k, v = k_cache.masked_fill(hidden, 0), v_cache.masked_fill(hidden, 0)
@@ -118,7 +120,14 @@ def _decode_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _:
     p = scores.masked_fill(~visible, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~visible, 0.0)
     dp = grad @ v.transpose(-1, -2)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad, None, None, None
+    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
+
+
+def _decode_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k_cache, v_cache, lengths = ctx.saved_tensors  # type: ignore[attr-defined]
+    length, scale = ctx.how  # type: ignore[attr-defined]
+    visible = torch_attention.visible_keys(k_cache, length if lengths is None else lengths)[:, None, None, :]
+    return *decode_gradients(grad, q, k_cache, v_cache, visible, scale), None, None, None
 
 
 for _name, _cpu, _cuda, _fake, _save, _backward in (

@@ -5,12 +5,16 @@ Letters: B batch, H heads, T tokens, D head dim. Tokens are in raster order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from igpt_kernels import _ops_attention, backends, reference
+from igpt_kernels import _ops_attention, _ops_sparse, backends, reference
 from igpt_kernels._torch import attention as torch_attention
-from igpt_kernels.checks import check_attention, check_length, check_scale
+from igpt_kernels._torch import sparse as torch_sparse
+from igpt_kernels.checks import check_attention, check_layout, check_length, check_scale
+from igpt_kernels.layouts import SparseLayout, registered
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -84,13 +88,75 @@ def flash_attention(
     return _ops_attention.flash_forward(q, k, v, causal, scale)[0]
 
 
+def _dense_masks(key: str, heads: int, device: torch.device) -> Tensor:
+    """The dense masks of a layout argument, bool [1 or H,T,T]."""
+    masks = {one: registered(one).dense_mask(device) for one, _ in _ops_sparse.groups_of(key, heads)}
+    return torch.stack([masks[one] for one in key.split(";")])
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SparseLayout | Sequence[SparseLayout],
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention over the keys a pattern allows: ``out[i] = sum_j softmax_j(scale * q[i].k[j]) v[j]``, j seen by i.
+
+    Tokens are in raster order, and so is the result: tiles of the image are gathered on the way, nothing is permuted.
+
+    Args:
+        q: queries [B,H,T,D], float16, bfloat16, float32 or float64; any strides; T as the layout says.
+        k: keys [B,H,T,D], of q's dtype and device.
+        v: values [B,H,T,D].
+        layout: the pattern, from `igpt_kernels.layouts`: one for all heads, or a sequence of H.
+        scale: factor of the scores; ``1/sqrt(D)`` when None.
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (tiles gathered into batches of small
+            attentions, any device) or ``"reference"`` (eager, T x T scores in memory). A name never falls back.
+
+    Returns:
+        [B,H,T,D], dtype of q. A query that sees no key gets 0 and passes no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
+        BackendUnavailable: the backend asked for cannot run, with its reasons.
+        MemoryError: a T x T tensor that nobody asked for by name would take over a quarter of free memory.
+        RuntimeError: in a second derivative; only the reference has one.
+
+    Under torch.autocast the inputs are cast to its dtype. The backward pass is deterministic, bit for bit. The first call
+    with a layout builds its block lists (`SparseLayout.block_lists`); they are kept for later calls.
+
+    Cost: 4·B·H·D operations for each pair in a touched tile (`SparseLayout.tile_density`), 2.5 times that backward (Triton
+    recomputes: 3.5 times); memory linear in T. Patterns: Child et al., "Generating Long Sequences with Sparse
+    Transformers", 2019.
+    """
+    q, k, v = check_attention(*_autocast(q, k, v))
+    scale = check_scale(scale, q.shape[3])
+    key = check_layout(layout, heads=q.shape[1], tokens=q.shape[2])
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must have as many tokens as q, {q.shape[2]}, got {k.shape[2]}")
+    if isinstance(layout, SparseLayout) and layout.is_dense:
+        return flash_attention(q, k, v, causal=layout.causal, scale=scale, backend=backend)
+    table = backends.explain("block_sparse_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
+    chosen = backends.choose(backend, table, "block_sparse_attention")
+    if chosen == "reference":
+        _reference_fits(backend, q, k.shape[2])
+        mask = _dense_masks(key, q.shape[1], q.device)
+        return reference.attention_reference(q, k, v, causal=False, scale=scale, mask=mask)[0]
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    return _ops_sparse.sparse_forward(q, k, v, key, scale, chosen == "triton")[0]
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     length: int | Tensor,
     *,
-    layout: None = None,
+    layout: SparseLayout | Sequence[SparseLayout] | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -102,7 +168,8 @@ def decode_attention(
         v_cache: values [B,H,Tmax,D].
         length: keys visible, the query's own included: one int for all sequences, or an integer tensor [B]. A
             sequence of length 0 gives 0.
-        layout: sparse patterns are not built yet; None.
+        layout: the pattern of the image that is being drawn, one for all heads or a sequence of H; the query stands at
+            position ``length - 1``, and only the keys it may see are read. None: all of them.
         scale: factor of the scores; ``1/sqrt(D)`` when None.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``, as for `flash_attention`.
 
@@ -113,17 +180,17 @@ def decode_attention(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
         BackendUnavailable: the backend asked for cannot run, with its reasons.
 
-    Cost: reads 2·B·H·length·D values; bound by memory.
+    Cost: reads 2·B·H·n·D values, n the keys seen (`length` without a layout); bound by memory.
     """
     q, k_cache, v_cache = check_attention(*_autocast(q, k_cache, v_cache))
     if q.shape[2] != 1:
         raise ValueError(f"q must be [B,H,1,D], got {tuple(q.shape)}; use flash_attention for several queries")
-    if layout is not None:
-        raise ValueError(f"layout must be None (sparse patterns are not built yet), got {layout!r}")
     length = check_length(length, batch=q.shape[0], longest=k_cache.shape[2])
     scale = check_scale(scale, q.shape[3])
     table = backends.explain("decode_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
     chosen = backends.choose(backend, table, "decode_attention")
+    if layout is not None:
+        return _sparse_decode(q, k_cache, v_cache, length, layout, scale, chosen)
     if chosen == "reference":
         return reference.decode_attention_reference(q, k_cache, v_cache, length, scale=scale)
     if scale <= 0:
@@ -133,3 +200,30 @@ def decode_attention(
     if isinstance(length, Tensor):
         return _ops_attention.decode(q, k_cache, v_cache, length.to(q.device), 0, scale)[0]
     return _ops_attention.decode(q, k_cache, v_cache, None, length, scale)[0]
+
+
+def _sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    length: int | Tensor,
+    layout: SparseLayout | Sequence[SparseLayout],
+    scale: float,
+    chosen: str,
+) -> Tensor:
+    """`decode_attention` with a layout, arguments checked but for the layout."""
+    key = check_layout(layout, heads=q.shape[1], tokens=None)
+    tokens = registered(key.split(";")[0]).tokens
+    check_length(length, batch=q.shape[0], longest=tokens, what="the layout's")
+    if chosen == "reference":
+        shape = (q.shape[0], q.shape[1], 1, k_cache.shape[2])
+        visible = torch.zeros(shape, dtype=torch.bool, device=q.device)
+        for one, members in _ops_sparse.groups_of(key, q.shape[1]):
+            seen = torch_sparse.visible_keys(one, length, k_cache.shape[2], q.shape[0], q.device)
+            visible[:, list(members), 0] = seen[:, None]
+        hidden = ~visible.transpose(-1, -2)
+        k_cache, v_cache = k_cache.masked_fill(hidden, 0), v_cache.masked_fill(hidden, 0)
+        return reference.attention_reference(q, k_cache, v_cache, causal=False, scale=scale, mask=visible)[0]
+    if isinstance(length, Tensor):
+        return _ops_sparse.sparse_decode(q, k_cache, v_cache, length.to(q.device), 0, key, scale, chosen == "triton")[0]
+    return _ops_sparse.sparse_decode(q, k_cache, v_cache, None, length, key, scale, chosen == "triton")[0]

@@ -35,15 +35,21 @@ OLDEST = (8, 0)
 # Best first: "auto" takes the first backend without a reason against it.
 CAPABILITIES: dict[str, tuple[Capability, ...]] = {
     "flash_attention": (_TRITON, Capability("torch", _ALL), Capability("reference", _ALL)),
+    "block_sparse_attention": (_TRITON, Capability("torch", _ALL), Capability("reference", _ALL)),
     "decode_attention": (_TRITON, Capability("torch", _ALL), Capability("reference", _ALL)),
 }
+
+SPARSE = ("block_sparse_attention", "decode_attention")
+"""Operations that take a layout."""
 
 
 class BackendUnavailable(ValueError):
     """A backend asked for by name cannot run this call; the message lists every reason."""
 
 
-def explain(op: str, *, dtype: torch.dtype, device: torch.device | str, head_dim: int) -> list[tuple[str, list[str]]]:
+def explain(
+    op: str, *, dtype: torch.dtype, device: torch.device | str, head_dim: int, layout: object = None
+) -> list[tuple[str, list[str]]]:
     """The backends of `op`, best first, each with the reasons it cannot run (an empty list: it can).
 
     Args:
@@ -51,12 +57,15 @@ def explain(op: str, *, dtype: torch.dtype, device: torch.device | str, head_dim
         dtype: dtype of the inputs.
         device: device of the inputs; need not exist.
         head_dim: width of a head.
+        layout: the sparse pattern, for operations that take one; every backend takes every pattern.
 
     Raises:
-        ValueError: unknown operation.
+        ValueError: unknown operation, or one that takes no layout.
     """
     if op not in CAPABILITIES:
         raise ValueError(f"op must be one of {', '.join(CAPABILITIES)}; got {op!r}")
+    if layout is not None and op not in SPARSE:
+        raise ValueError(f"layout must be None for {op}, got {layout}")
     kind = torch.device(device).type
     table = []
     for capability in CAPABILITIES[op]:

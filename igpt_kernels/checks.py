@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from igpt_kernels.layouts import SparseLayout
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,8 +65,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_length(length: object, *, batch: int, longest: int) -> int | Tensor:
-    """Keys visible in a cache: an int, or an integer tensor [B] on any device; each from 0 to `longest`.
+def check_length(length: object, *, batch: int, longest: int, what: str = "the cache's") -> int | Tensor:
+    """Keys visible in a cache: an int, or an integer tensor [B] on any device; each from 0 to `longest`, which is `what`.
 
     A tensor's values are checked on the CPU only, because reading them from a GPU would stall the stream.
 
@@ -75,12 +78,44 @@ def check_length(length: object, *, batch: int, longest: int) -> int | Tensor:
         raise TypeError("length must be an int or an integer tensor [B], got bool")
     if isinstance(length, int):
         if not 0 <= length <= longest:
-            raise ValueError(f"length must be from 0 to the cache's {longest}, got {length}")
+            raise ValueError(f"length must be from 0 to {what} {longest}, got {length}")
         return length
     if not isinstance(length, Tensor) or length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
         raise TypeError(f"length must be an int or an integer tensor [B], got {length!r}")
     if length.shape != (batch,):
         raise ValueError(f"length must have shape [B] = [{batch}], got {tuple(length.shape)}")
     if length.device.type == "cpu" and batch and not (int(length.min()) >= 0 and int(length.max()) <= longest):
-        raise ValueError(f"length must be from 0 to the cache's {longest}, got {length.tolist()}")
+        raise ValueError(f"length must be from 0 to {what} {longest}, got {length.tolist()}")
     return length
+
+
+def check_layout(layout: object, *, heads: int, tokens: int | None) -> str:
+    """The layout argument of an operator: the key of one layout, or those of every head joined by semicolons.
+
+    Args:
+        layout: a SparseLayout, or a sequence of one for each head.
+        heads: H.
+        tokens: T, which the layout must have; None does not check.
+
+    Raises:
+        TypeError: anything else.
+        ValueError: a sequence of another length, or layouts of other or different numbers of tokens.
+    """
+    if isinstance(layout, SparseLayout):
+        layouts: Sequence[SparseLayout] = (layout,)
+    elif isinstance(layout, (list, tuple)):
+        for entry in layout:
+            if not isinstance(entry, SparseLayout):
+                raise TypeError(f"layout must be a SparseLayout or a sequence of them, got {type(entry).__name__} in it")
+        if len(layout) != heads:
+            raise ValueError(f"layout must be one, or one for each of {heads} heads; got {len(layout)}")
+        layouts = layout
+    else:
+        raise TypeError(f"layout must be a SparseLayout or a sequence of them, got {type(layout).__name__}")
+    for entry in layouts:
+        wanted = layouts[0].tokens if tokens is None else tokens
+        if entry.tokens != wanted:
+            raise ValueError(
+                f"layout must have {wanted} tokens, got {entry.tokens} in {entry.key} (layout.prefix(n) is that of the first n)"
+            )
+    return ";".join([entry.key for entry in layouts])

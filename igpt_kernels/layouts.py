@@ -10,7 +10,7 @@ patterns. Strided and fixed patterns follow Child et al. 2019 ("Generating Long 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -514,24 +514,3 @@ def parse(text: str, height: int, width: int, *, causal: bool = True) -> SparseL
         union = both if union is None else union | both
     assert union is not None
     return union
-
-
-def per_head(layouts: SparseLayout | Sequence[SparseLayout], heads: int) -> dict[SparseLayout, list[int]]:
-    """The distinct layouts of a layer, each with the heads that use it.
-
-    Raises:
-        TypeError: anything but layouts.
-        ValueError: a sequence that has not one layout for each head, or layouts of different token counts.
-    """
-    if isinstance(layouts, SparseLayout):
-        return {layouts: list(range(heads))}
-    if not isinstance(layouts, Sequence) or not all(isinstance(layout, SparseLayout) for layout in layouts):
-        raise TypeError(f"layout must be a SparseLayout or a sequence of them, got {type(layouts).__name__}")
-    if len(layouts) != heads:
-        raise ValueError(f"layout must have one entry for each of {heads} heads, got {len(layouts)}")
-    groups: dict[SparseLayout, list[int]] = {}
-    for head, layout in enumerate(layouts):
-        groups.setdefault(layout, []).append(head)
-    if len({layout.tokens for layout in groups}) > 1:
-        raise ValueError(f"layouts of all heads must have as many tokens, got {sorted({x.tokens for x in groups})}")
-    return groups

@@ -356,7 +356,7 @@ def sparse_decode(
             most = int(visible.sum(-1).max())
             if most == 0:
                 continue
-            tokens = visible.to(torch.int8).argsort(-1, descending=True, stable=True)[:, :most]
+            tokens = visible.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
             seen = visible.gather(-1, tokens)
             index = tokens[:, None, :, None].expand(-1, len(members), -1, head_dim)
             # What no key stands for may be NaN, and a weight of 0 would not stop it.

@@ -38,6 +38,15 @@ from igpt_kernels._triton.sparse_forward import (
 )
 
 
+@triton.jit
+def add_tile(x0, x1, base, row_offset, row_ok, D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr):
+    """Both column parts plus the rows at `row_offset`, float32."""
+    y0, y1 = load_tile(base, row_offset, row_ok, 1, D, DA, DB, tl.float32, True)
+    if DB > 0:
+        x1 = x1 + y1
+    return x0 + y0, x1
+
+
 @triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "k_rows", "k_cols", "q_cols", "tiles", "group"])
 def _sparse_backward_keys_kernel(
     Q, K, V, Grad, Lse, Delta, DK, DV, BeforeK, BeforeV,  # dk, dv and what was before in memory [B,T,H,D]
@@ -62,12 +71,8 @@ def _sparse_backward_keys_kernel(
     k0, k1 = load_tile(K + batch * stride_kb + h * stride_kh, at * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
     v0, v1 = load_tile(V + batch * stride_vb + h * stride_vh, at * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
     base = (batch * T * H + h) * D
-    if BeforeK is None:
-        dk0, dk1 = zeros(BLOCK_N, DA, DB)
-        dv0, dv1 = zeros(BLOCK_N, DA, DB)
-    else:
-        dk0, dk1 = load_tile(BeforeK + base, at * H * D, col_ok, 1, D, DA, DB, tl.float32, True)
-        dv0, dv1 = load_tile(BeforeV + base, at * H * D, col_ok, 1, D, DA, DB, tl.float32, True)
+    dk0, dk1 = zeros(BLOCK_N, DA, DB)
+    dv0, dv1 = zeros(BLOCK_N, DA, DB)
     q_base = Q + batch * stride_qb + h * stride_qh
     g_base = Grad + batch * stride_gb + h * stride_gh
     row_base = (batch * H + h) * T
@@ -89,6 +94,9 @@ def _sparse_backward_keys_kernel(
         ds = p * (scores(v0, v1, g0, g1, DB) - delta[None, :])
         dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, DB)
 
+    if BeforeK is not None:
+        dk0, dk1 = add_tile(dk0, dk1, BeforeK + base, at * H * D, col_ok, D, DA, DB)
+        dv0, dv1 = add_tile(dv0, dv1, BeforeV + base, at * H * D, col_ok, D, DA, DB)
     store_tile(DK + base, at * H * D, col_ok, dk0 * factor, dk1 * factor, D, DA, DB)
     store_tile(DV + base, at * H * D, col_ok, dv0, dv1, D, DA, DB)
 
@@ -117,10 +125,7 @@ def _sparse_backward_queries_kernel(
     q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, at * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
     g0, g1 = load_tile(Grad + batch * stride_gb + h * stride_gh, at * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
     base = (batch * T * H + h) * D
-    if Before is None:
-        dq0, dq1 = zeros(BLOCK_M, DA, DB)
-    else:
-        dq0, dq1 = load_tile(Before + base, at * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
+    dq0, dq1 = zeros(BLOCK_M, DA, DB)
     row_base = (batch * H + h) * T
     lse = tl.load(Lse + row_base + rows, mask=row_ok, other=0.0) * LOG2E
     delta = tl.load(Delta + row_base + rows, mask=row_ok, other=0.0)
@@ -139,6 +144,8 @@ def _sparse_backward_queries_kernel(
         ds = p * (scores(g0, g1, v0, v1, DB) - delta[:, None])
         dq0, dq1 = accumulate(ds, k0, k1, dq0, dq1, DB)
 
+    if Before is not None:
+        dq0, dq1 = add_tile(dq0, dq1, Before + base, at * H * D, row_ok, D, DA, DB)
     store_tile(DQ + base, at * H * D, row_ok, dq0 * factor, dq1 * factor, D, DA, DB)
 
 

@@ -1,7 +1,7 @@
 """Block-sparse attention, forward: the tiles of keys that a pattern's lists name, gathered from tokens in raster order.
 
-A pattern is one or more disjoint parts (`igpt_kernels.blocks`), each a launch. A later part goes on with the softmax where the
-one before stopped, so nothing has to be merged. Shapes of tiles, sizes and lists are runtime values: no pattern compiles anew.
+A pattern is one or more disjoint parts (`igpt_kernels.blocks`), each a launch; a later part takes in the output of those before
+by its log-sum-exp. Shapes of tiles, sizes and lists are runtime values: no pattern and no size compiles anew.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def visible_pairs(Masks, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRA
         word = tl.broadcast_to(tl.load(base)[None, :], [BLOCK_N, BLOCK_M])
         for i in tl.static_range(1, words):
             word = tl.where((cols // 32 == i)[:, None], tl.load(base + i)[None, :], word)
-        return ((word >> (cols % 32)[:, None]) & 1) != 0
-    word = tl.broadcast_to(tl.load(base)[:, None], [BLOCK_M, BLOCK_N])
-    for i in tl.static_range(1, words):
-        word = tl.where((cols // 32 == i)[None, :], tl.load(base + i)[:, None], word)
-    return ((word >> (cols % 32)[None, :]) & 1) != 0
+        visible = ((word >> (cols % 32)[:, None]) & 1) != 0
+    else:
+        word = tl.broadcast_to(tl.load(base)[:, None], [BLOCK_M, BLOCK_N])
+        for i in tl.static_range(1, words):
+            word = tl.where((cols // 32 == i)[None, :], tl.load(base + i)[:, None], word)
+        visible = ((word >> (cols % 32)[None, :]) & 1) != 0
+    return visible
 
 
 @triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
@@ -75,7 +77,7 @@ def _sparse_forward_kernel(
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. With `Before`, the output of the parts before, their lse in `Lse` is gone on with."""
+    """One tile of queries of one head. `Before` is the output of the parts before, `Lse` their lse, then that of all."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
     batch = (head // G).to(tl.int64)
     h = tl.load(Heads + head % G).to(tl.int64)
@@ -90,14 +92,9 @@ def _sparse_forward_kernel(
     v_base = V + batch * stride_vb + h * stride_vh
     lse_ptrs = Lse + (batch * H + h) * T + rows
     out_offset = (batch * T * H + h) * D
-    if Before is None:
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
-        acc0, acc1 = zeros(BLOCK_M, DA, DB)
-    else:
-        m = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * LOG2E
-        l = tl.where(m == float("-inf"), 0.0, 1.0)  # noqa: E741
-        acc0, acc1 = load_tile(Before + out_offset, at * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    acc0, acc1 = zeros(BLOCK_M, DA, DB)
 
     for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
         token, col_ok = tile_tokens(tl.load(Keys + j), cols, k_cols, pitch, T)
@@ -120,6 +117,21 @@ def _sparse_forward_kernel(
         acc0, acc1 = accumulate(p, v0, v1, acc0, acc1, DB)
         m = m_new
 
+    if Before is not None:
+        # The parts before, with their weight: a softmax with maximum their lse and sum 1. Here and not before the loop,
+        # where their output would hold registers (D = 96 spilled).
+        other = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * LOG2E
+        top = tl.maximum(m, other)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        mine = tl.math.exp2(m - finite)
+        theirs = tl.math.exp2(other - finite)
+        before0, before1 = load_tile(Before + out_offset, at * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
+        acc0 = acc0 * mine[:, None] + before0 * theirs[:, None]
+        if DB > 0:
+            acc1 = acc1 * mine[:, None] + before1 * theirs[:, None]
+        l = l * mine + theirs  # noqa: E741
+        m = top
+    # The sum is 0 only in rows that saw nothing: NaN is not 0, and goes through.
     blind = l == 0
     l = tl.where(blind, 1.0, l)  # noqa: E741
     lse = tl.where(blind, float("-inf"), (m + tl.math.log2(l)) * LN2)
