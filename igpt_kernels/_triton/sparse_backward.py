@@ -87,17 +87,17 @@ def _sparse_backward_keys_kernel(
         delta = tl.load(Delta + row_base + token, mask=row_ok, other=0.0)
         # Transposed scores, [N, M]: see flash_backward.key_step.
         p = tl.math.exp2(scores(k0, k1, q0, q1, DB) * scale_log2 - lse[None, :])
-        if mask >= 0:
-            # After the exponential: a row that sees nothing has lse = -inf, and exp2(inf) must not survive.
-            p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True), p, 0.0)
+        # After the exponential: a row that sees nothing has lse = -inf, and exp2(inf) must not survive.
+        p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True), p, 0.0)
         dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, DB)
         ds = p * (scores(v0, v1, g0, g1, DB) - delta[None, :])
         dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, DB)
 
     if BeforeK is not None:
         dk0, dk1 = add_tile(dk0, dk1, BeforeK + base, at * H * D, col_ok, D, DA, DB)
-        dv0, dv1 = add_tile(dv0, dv1, BeforeV + base, at * H * D, col_ok, D, DA, DB)
     store_tile(DK + base, at * H * D, col_ok, dk0 * factor, dk1 * factor, D, DA, DB)
+    if BeforeV is not None:
+        dv0, dv1 = add_tile(dv0, dv1, BeforeV + base, at * H * D, col_ok, D, DA, DB)
     store_tile(DV + base, at * H * D, col_ok, dv0, dv1, D, DA, DB)
 
 

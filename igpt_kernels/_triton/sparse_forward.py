@@ -49,19 +49,20 @@ def first_token(tile, rows, cols, pitch):
 
 @triton.jit
 def visible_pairs(Masks, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Mask number `mask` as bools [BLOCK_M, BLOCK_N], or transposed. One word of 32 keys is loaded for each query and word."""
+    """Mask number `mask` as bools [BLOCK_M, BLOCK_N], or transposed; below 0, all True. A word of 32 keys a load and query."""
     words: tl.constexpr = (BLOCK_N + 31) // 32
     base = Masks + (mask * BLOCK_M + tl.arange(0, BLOCK_M)) * words
     cols = tl.arange(0, BLOCK_N)
+    some = tl.full([BLOCK_M], mask, tl.int32) >= 0
     if TRANSPOSED:
-        word = tl.broadcast_to(tl.load(base)[None, :], [BLOCK_N, BLOCK_M])
+        word = tl.broadcast_to(tl.load(base, mask=some, other=-1)[None, :], [BLOCK_N, BLOCK_M])
         for i in tl.static_range(1, words):
-            word = tl.where((cols // 32 == i)[:, None], tl.load(base + i)[None, :], word)
+            word = tl.where((cols // 32 == i)[:, None], tl.load(base + i, mask=some, other=-1)[None, :], word)
         visible = ((word >> (cols % 32)[:, None]) & 1) != 0
     else:
-        word = tl.broadcast_to(tl.load(base)[:, None], [BLOCK_M, BLOCK_N])
+        word = tl.broadcast_to(tl.load(base, mask=some, other=-1)[:, None], [BLOCK_M, BLOCK_N])
         for i in tl.static_range(1, words):
-            word = tl.where((cols // 32 == i)[None, :], tl.load(base + i)[:, None], word)
+            word = tl.where((cols // 32 == i)[None, :], tl.load(base + i, mask=some, other=-1)[:, None], word)
         visible = ((word >> (cols % 32)[None, :]) & 1) != 0
     return visible
 
