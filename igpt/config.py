@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from igpt.errors import ConfigError
+from igpt_kernels import layouts
 
 T = TypeVar("T")
 Objective = Literal["ar", "bert"]
@@ -60,7 +61,7 @@ class ImageGPTConfig:
     width: int = 32
     """Columns of the image in tokens."""
     attention: str | tuple[str, ...] = "dense"
-    """Attention pattern, or patterns cycled over the layers."""
+    """Attention pattern, or patterns cycled over the layers: dense, or a sparse one as `igpt_kernels.layouts.parse` reads it."""
     objective: Objective = "ar"
     """ar: predict each pixel from those before it. bert: predict masked pixels from all others."""
     mask_rate: float = 0.15
@@ -83,10 +84,20 @@ class ImageGPTConfig:
         if not isinstance(self.mask_rate, (int, float)) or not 0.0 < self.mask_rate < 1.0:
             raise ConfigError(f"mask_rate must lie between 0 and 1, got {self.mask_rate!r}")
         patterns = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
-        if not patterns or any(pattern != "dense" for pattern in patterns):
-            raise ConfigError(f"attention must be 'dense' (sparse patterns are not built yet), got {self.attention!r}")
+        if not patterns:
+            raise ConfigError(f"attention must name a pattern, got {self.attention!r}")
+        for pattern in patterns:
+            try:
+                layouts.parse(pattern, self.height, self.width)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"attention: {error}") from error
         if not isinstance(self.attention, str):
             object.__setattr__(self, "attention", patterns)
+
+    def pattern(self, layer: int) -> str:
+        """The attention pattern of a layer."""
+        patterns = (self.attention,) if isinstance(self.attention, str) else self.attention
+        return patterns[layer % len(patterns)]
 
     @property
     def n_ctx(self) -> int:
@@ -237,7 +248,7 @@ class PretrainOptions(_Options):
     """auto: 512 colours learned from the training images (all of them where they have fewer). fit:K learns K, uniform:K
     spaces them evenly, anything else is a palette folder."""
     attention: tuple[str, ...] = ("dense",)
-    """Attention pattern(s), cycled over the layers."""
+    """Attention pattern(s), cycled over the layers: dense, local2d:7, row, column, row_column, strided, fixed; a+b is either."""
     objective: Objective = "ar"
     """ar: next pixel. bert: masked pixels."""
     steps: int = 10_000

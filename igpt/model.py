@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from igpt import swap
 from igpt.config import ImageGPTConfig
 from igpt.errors import ConfigError
-from igpt_kernels.attention import decode_attention, flash_attention
+from igpt_kernels import layouts
+from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
 
 if TYPE_CHECKING:
     from igpt.palette import Palette
@@ -44,13 +45,18 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: layouts.SparseLayout | None = None
+) -> Tensor:
     """``softmax(q kᵀ / sqrt(D)) v``, eager: q [B,H,Tq,D], k and v [B,H,Tk,D] -> [B,H,Tq,D].
 
-    The last query stands at the last key: causal hides the keys after each query's own position.
+    The last query stands at the last key: causal hides the keys after each query's own position; a layout hides what it says.
     """
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])  # [B,H,Tq,Tk]
-    if causal:
+    if layout is not None:
+        visible = layout.mask_rows(k.shape[2] - q.shape[2], k.shape[2], q.device)
+        scores = scores.masked_fill(~visible, -math.inf)
+    elif causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         scores = scores.masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ v
@@ -71,13 +77,15 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values."""
+    """Multi-head self-attention with one fused projection to queries, keys and values; dense, or with a sparse pattern."""
 
-    def __init__(self, config: ImageGPTConfig) -> None:
+    def __init__(self, config: ImageGPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.head_dim = config.head_dim
         self.causal = config.objective == "ar"
+        layout = layouts.parse(config.pattern(layer), config.height, config.width, causal=self.causal)
+        self.layout = None if layout.is_dense else layout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.kernels: swap.Settings | None = None
@@ -93,24 +101,31 @@ class Attention(nn.Module):
             k, v = keys[:, :, :end], values[:, :, :end]
         backend = swap.active(self, "attention")
         if backend is None:
-            y = plain_attention(q, k, v, self.causal)
+            y = plain_attention(q, k, v, self.causal, self.layout)
         elif cache is not None and tokens == 1:
-            y = decode_attention(q, keys, values, end, backend=backend)
+            y = decode_attention(q, keys, values, end, layout=self.layout, backend=backend)
+        elif self.layout is not None:
+            # Queries for the pixels that the cache knows already, where it knows some, only to be dropped: patterns are cut
+            # into tiles of the image, which do not begin anywhere.
+            q = F.pad(q, (0, 0, end - tokens, 0))
+            layout = self.layout if end == self.layout.tokens else self.layout.prefix(end)
+            y = block_sparse_attention(q, k, v, layout, backend=backend)[:, :, end - tokens :]
         else:
             y = flash_attention(q, k, v, causal=self.causal, backend=backend)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
 
     def extra_repr(self) -> str:
-        return f"n_head={self.n_head}, causal={self.causal}, kernel={swap.active(self, 'attention') or 'plain'}"
+        pattern = "dense" if self.layout is None else self.layout
+        return f"n_head={self.n_head}, causal={self.causal}, pattern={pattern}, kernel={swap.active(self, 'attention') or 'plain'}"
 
 
 class Block(nn.Module):
     """Pre-norm block: ``h += Attention(norm(h)); h += MLP(norm(h))``."""
 
-    def __init__(self, config: ImageGPTConfig) -> None:
+    def __init__(self, config: ImageGPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = RMSNorm(config.n_embd)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = RMSNorm(config.n_embd)
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
@@ -143,7 +158,7 @@ class ImageGPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
         self.sos = nn.Parameter(torch.empty(config.n_embd)) if config.objective == "ar" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()

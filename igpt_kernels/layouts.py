@@ -12,19 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from igpt_kernels.blocks import BlockLists
 
+# torch is imported late: configurations are checked by `parse`, and a command line should not wait for it.
 Interval = tuple[int, int]
 FAR = 1 << 40
 """Beyond every difference of positions."""
 ANY: Interval = (-FAR, FAR)
-Fn = Callable[[Tensor, Tensor], Tensor]
+Fn = Callable[[Any, Any], Any]
 
 _registered: dict[str, SparseLayout] = {}
 
@@ -70,7 +71,7 @@ class Box:
         qy, qx = q // self.pitch, q % self.pitch
         ky, kx = k // self.pitch, k % self.pitch
         tests = ((qy - ky, self.rows), (kx - qx, self.cols), (kx, self.keys), (q - k, self.lag))
-        result = torch.ones((), dtype=torch.bool, device=q.device).expand(torch.broadcast_shapes(q.shape, k.shape))
+        result = q - k >= -FAR
         for x, interval in tests:
             inside = _within(x, interval)
             if inside is not None:
@@ -93,15 +94,20 @@ class Predicate:
         Raises:
             TypeError, ValueError: the function gave anything but a bool tensor that broadcasts to q and k.
         """
+        import torch
+
         result = self.fn(q, k)
-        if not isinstance(result, Tensor) or result.dtype != torch.bool:
-            got = f"{result.dtype} tensor" if isinstance(result, Tensor) else type(result).__name__
+        if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
+            got = f"{result.dtype} tensor" if isinstance(result, torch.Tensor) else type(result).__name__
             raise TypeError(f"fn(q, k) must give a bool tensor, got {got}")
         shape = torch.broadcast_shapes(q.shape, k.shape)
         try:
             return result.to(q.device).expand(shape)
         except RuntimeError:
             raise ValueError(f"fn(q, k) must give a tensor of shape {tuple(shape)}, got {tuple(result.shape)}") from None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _predicate, (self.pitch, self.fn)
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,10 @@ class SparseLayout:
         object.__setattr__(self, "key", f"{self.pattern.spec}{size}{prefix}{'' if self.causal else ',full'}{tile}")
         _registered[self.key] = self
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # By its fields, so that a copy in another process registers itself there.
+        return SparseLayout, (self.height, self.width, self.pattern, self.causal, self.tokens, self._tile)
+
     def __str__(self) -> str:
         return self.key
 
@@ -241,9 +251,11 @@ class SparseLayout:
             TypeError: not integers.
             ValueError: a position outside of the image.
         """
+        import torch
+
         positions = []
         for name, x in (("q", q), ("k", k)):
-            if not isinstance(x, Tensor):
+            if not isinstance(x, torch.Tensor):
                 if not isinstance(x, int) or isinstance(x, bool):
                     raise TypeError(f"{name} must be an int or an integer tensor, got {type(x).__name__}")
                 x = torch.tensor(x)
@@ -260,8 +272,14 @@ class SparseLayout:
 
     def dense_mask(self, device: torch.device | str | None = None) -> Tensor:
         """The whole pattern, bool [T,T], row = query: the truth that the block lists are tested against. Costs T² bytes."""
-        position = torch.arange(self.tokens, device=device)
-        return self._permits(position[:, None], position[None, :])
+        return self.mask_rows(0, self.tokens, device)
+
+    def mask_rows(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
+        """What the queries from `start` to `stop` see of the first `stop` keys: bool [stop-start, stop]."""
+        import torch
+
+        position = torch.arange(stop, device=device)
+        return self._permits(position[start:, None], position[None, :])
 
     def block_lists(self, block_m: int = 64, block_n: int = 64) -> tuple[BlockLists, ...]:
         """The pattern as lists of tiles, one `BlockLists` for each disjoint part; cached. See `igpt_kernels.blocks`.
@@ -280,9 +298,8 @@ class SparseLayout:
         """The keys that one query sees, int64, ascending; reads one row of tiles."""
         from igpt_kernels.blocks import keys_of
 
-        _check_size("query + 1", query + 1 if isinstance(query, int) else query)
-        if query >= self.tokens:
-            raise ValueError(f"query must be below {self.tokens}, got {query}")
+        if not isinstance(query, int) or not 0 <= query < self.tokens:
+            raise ValueError(f"query must be an int from 0 to {self.tokens - 1}, got {query!r}")
         return keys_of(self.key, query)
 
     @property
@@ -465,8 +482,12 @@ def from_predicate(height: int, width: int, fn: Fn, *, causal: bool = True) -> S
     if not callable(fn):
         raise TypeError(f"fn must be a function of (q, k), got {type(fn).__name__}")
     _check_size("width", width)
-    known = _predicates.setdefault(fn, f"predicate#{len(_predicates) + 1}")
-    return SparseLayout(height, width, Predicate(known, width, (8, 8), fn), causal)
+    return SparseLayout(height, width, _predicate(width, fn), causal)
+
+
+def _predicate(width: int, fn: Fn) -> Predicate:
+    """A predicate with a name that is its function's in this process."""
+    return Predicate(_predicates.setdefault(fn, f"predicate#{len(_predicates) + 1}"), width, (8, 8), fn)
 
 
 _predicates: dict[Fn, str] = {}
