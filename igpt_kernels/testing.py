@@ -97,6 +97,17 @@ def check_attention(actual: AttentionResult, exact: AttentionResult, eager: Atte
     return worst
 
 
+def cancelling_terms(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> float:
+    """A floor for `check_attention`: the size of the terms that cancel in dQ and dK of a row that sees one key.
+
+    And a score of size S is known to eps·S only, so its exponential is no better.
+    """
+    if not (q.numel() and k.numel()):
+        return 0.0
+    sizes = [float(x.detach().double().norm(dim=-1).max()) for x in (q, k, v, grad)]
+    return max(8.0, scale * sizes[0] * sizes[1]) * sizes[3] * max(1.0, scale * sizes[2])
+
+
 def make_input(
     shape: Sequence[int], *, dtype: torch.dtype, seed: int, layout: str = "contiguous", device: torch.device | str = "cpu"
 ) -> Tensor:

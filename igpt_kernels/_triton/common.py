@@ -147,10 +147,10 @@ def heads_in_l2(heads: int, tokens: int, head_dim: int, itemsize: int, cache_byt
     return max(1, min(heads, cache_bytes // max(1, 2 * tokens * head_dim * itemsize)))
 
 
-def empty_heads(like: Tensor, tokens: int) -> Tensor:
+def empty_heads(like: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
     """An output [B,H,T,D] laid out as [B,T,H,D], so that joining the heads behind attention is a view."""
     batch, heads, _, head_dim = like.shape
-    return torch.empty(batch, tokens, heads, head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)
+    return torch.empty(batch, tokens, heads, head_dim, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

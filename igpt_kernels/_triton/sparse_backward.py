@@ -190,7 +190,7 @@ def launch_sparse_backward(
         query_config = tuning.lookup("sparse_backward_queries", dtype=q.dtype, head_dim=head_dim, device=q.device)
     between = [dq, dk, dv]
     if q.dtype != torch.float32 and has_parts(groups, key_config):
-        between = [empty_heads(x.float(), tokens) for x in between]
+        between = [empty_heads(q, tokens, torch.float32) for _ in between]
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     head = head_arguments(q)
 

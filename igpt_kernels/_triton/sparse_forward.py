@@ -195,7 +195,7 @@ def launch_sparse_forward(
         return out, lse
     if config is None:
         config = tuning.lookup("sparse_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
-    between = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(out.float(), tokens)
+    between = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
     for numbers, lists, first, last in parts_of(groups, config, q.device):
         rows = batch * len(numbers)
         tiles = len(lists.q_ptr) - 1
