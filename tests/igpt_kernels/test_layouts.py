@@ -1,0 +1,279 @@
+"""Patterns against definitions written out here, and block lists against the dense mask."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from igpt_kernels import layouts
+from igpt_kernels.blocks import FULL, BlockLists, block_lists, fit_tile
+from igpt_kernels.layouts import SparseLayout
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = [(1, 1), (8, 8), (16, 16), (5, 13), (17, 9), (1, 30), (30, 1), (32, 20)]
+TEXTS = [
+    "dense", "local2d:0", "local2d:3", "local2d:7", "row", "column", "row_column", "strided", "strided:5", "strided:128",
+    "fixed:6,2", "fixed:16,8", "fixed:1,1", "local2d:2+column", "local2d:4&row_column", "strided:7+local2d:2",
+    "local2d:3+fixed:10,3+column", "local2d:3&strided:6", "row+row", "local2d:2&column+row",
+]  # fmt: skip
+
+# Each pattern as a sentence about one query (y, x) = divmod(i, w) and one key (v, u) = divmod(j, w): Child et al. 2019,
+# section 4.2, and the definitions of README and DESIGN.
+Rule = Callable[[int, int, int, int, int, int], bool]
+RULES: dict[str, Rule] = {
+    "dense": lambda i, j, y, x, v, u: True,
+    "local2d:0": lambda i, j, y, x, v, u: i == j,
+    "local2d:3": lambda i, j, y, x, v, u: abs(y - v) <= 3 and abs(x - u) <= 3,
+    "row": lambda i, j, y, x, v, u: y == v,
+    "column": lambda i, j, y, x, v, u: x == u,
+    "row_column": lambda i, j, y, x, v, u: y == v or x == u,
+    "strided:5": lambda i, j, y, x, v, u: abs(i - j) <= 5 or (i - j) % 5 == 0,
+    "fixed:6,2": lambda i, j, y, x, v, u: i // 6 == j // 6 or j % 6 in (4, 5),
+    "local2d:2+column": lambda i, j, y, x, v, u: (abs(y - v) <= 2 and abs(x - u) <= 2) or x == u,
+    "local2d:4&row_column": lambda i, j, y, x, v, u: abs(y - v) <= 4 and abs(x - u) <= 4 and (y == v or x == u),
+    "local2d:2&column+row": lambda i, j, y, x, v, u: (abs(y - v) <= 2 and x == u) or y == v,
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 3), (5, 8)])
+@pytest.mark.parametrize("text", RULES)
+def test_patterns_are_what_their_sentences_say(text: str, height: int, width: int, causal: bool) -> None:
+    layout = layouts.parse(text, height, width, causal=causal)
+    mask = layout.dense_mask()
+    for i in range(height * width):
+        for j in range(height * width):
+            wanted = RULES[text](i, j, *divmod(i, width), *divmod(j, width)) and (j <= i or not causal)
+            assert bool(mask[i, j]) == wanted, (i, j)
+            assert bool(layout.permits(i, j)) == wanted
+
+
+def test_the_stride_is_the_width_unless_said() -> None:
+    assert torch.equal(layouts.strided(6, 7).dense_mask(), layouts.strided(6, 7, 7).dense_mask())
+    assert torch.equal(layouts.fixed(6, 9).dense_mask(), layouts.fixed(6, 9, 9, 8).dense_mask())
+    # "True row" is the first set of fixed, "true column" the second of strided, when the stride is the width.
+    assert torch.equal((layouts.fixed(6, 9) & layouts.row(6, 9)).dense_mask(), layouts.row(6, 9).dense_mask())
+    assert torch.equal((layouts.strided(6, 9) & layouts.column(6, 9)).dense_mask(), layouts.column(6, 9).dense_mask())
+
+
+def tokens_of(first: int, tile: tuple[int, int], lists: BlockLists) -> Tensor:
+    """Tokens of a tile, -1 where there is none."""
+    i = torch.arange(tile[0] * tile[1])
+    token = first + i // tile[1] * lists.pitch + i % tile[1]
+    return torch.where((first % lists.pitch + i % tile[1] < lists.pitch) & (token < lists.tokens), token, -1)
+
+
+def dense_counts(parts: tuple[BlockLists, ...], tokens: int) -> tuple[Tensor, Tensor]:
+    """How often each pair stands in the lists by query, and in those by key: [T,T] each."""
+    by_query, by_key = (torch.zeros(tokens, tokens, dtype=torch.int32) for _ in range(2))
+    for lists in parts:
+        bits = lists.bits()
+        for counts, pointer, others, masks, mine, theirs in (
+            (by_query, lists.q_ptr, lists.q_keys, lists.q_masks, lists.q_tile, lists.k_tile),
+            (by_key, lists.k_ptr, lists.k_queries, lists.k_masks, lists.k_tile, lists.q_tile),
+        ):
+            across = -(-lists.pitch // mine[1])
+            for tile in range(len(pointer) - 1):
+                own = tokens_of(tile // across * mine[0] * lists.pitch + tile % across * mine[1], mine, lists)
+                for entry in range(int(pointer[tile]), int(pointer[tile + 1])):
+                    other = tokens_of(int(others[entry]), theirs, lists)
+                    number = int(masks[entry])
+                    queries, keys = (own, other) if counts is by_query else (other, own)
+                    seen = torch.ones(len(queries), len(keys), dtype=torch.bool) if number == FULL else bits[number]
+                    assert seen.any(), "a listed pair of tiles has a visible pair"
+                    assert number == FULL or not seen.all(), "a full pair of tiles needs no mask"
+                    row, col = seen.nonzero(as_tuple=True)
+                    assert (queries[row] >= 0).all()
+                    assert (keys[col] >= 0).all()
+                    counts.index_put_((queries[row], keys[col]), torch.ones(len(row), dtype=torch.int32), accumulate=True)
+        assert len(torch.unique(lists.masks.flatten(1), dim=0)) == len(lists.masks), "equal masks are kept once"
+    return by_query, by_key
+
+
+def check_lists(layout: SparseLayout, block_m: int, block_n: int) -> None:
+    dense = layout.dense_mask().int()
+    by_query, by_key = dense_counts(layout.block_lists(block_m, block_n), layout.tokens)
+    assert torch.equal(by_query, dense)
+    assert torch.equal(by_key, dense)
+    assert layout.pairs == int(dense.sum())
+    query = random.Random(layout.key).randrange(layout.tokens)
+    assert torch.equal(layout.keys_of(query), dense[query].nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_lists_are_the_dense_mask(text: str, height: int, width: int, causal: bool) -> None:
+    rng = random.Random(f"{text} {height} {width}")
+    layout = layouts.parse(text, height, width, causal=causal)
+    for some in (layout, layout.prefix(rng.randint(1, height * width)), layout.with_tile(4, 16)):
+        check_lists(some, rng.choice([16, 32, 64, 128]), rng.choice([16, 32, 64, 128]))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_lists_of_random_predicates(seed: int) -> None:
+    rng = random.Random(seed)
+    height, width = rng.randint(1, 20), rng.randint(1, 20)
+    tokens = height * width
+    seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(seed)) < rng.choice([0.003, 0.1, 0.97])
+    layout = layouts.from_predicate(height, width, lambda q, k: seen[q, k], causal=rng.random() < 0.7)
+    assert torch.equal(layout.dense_mask(), seen & torch.ones(tokens, tokens).tril().bool() if layout.causal else seen)
+    other = layouts.parse(rng.choice(["local2d:2", "row_column", f"fixed:{width},1"]), height, width, causal=layout.causal)
+    for some in (layout, layout & other, other & layout, layout | other, other | layout):
+        check_lists(some, rng.choice([16, 64]), rng.choice([16, 64]))
+    assert torch.equal((layout | other).dense_mask(), layout.dense_mask() | other.dense_mask())
+    assert torch.equal((layout & other).dense_mask(), layout.dense_mask() & other.dense_mask())
+
+
+def test_pairs_and_densities() -> None:
+    """Numbers that were derived elsewhere, by hand or by counting."""
+    assert layouts.dense(6, 7).pairs == 42 * 43 // 2
+    assert layouts.dense(6, 7).density == 1.0
+    assert layouts.row(64, 64).pairs == 64 * 64 * 65 // 2
+    assert layouts.column(64, 64).pairs == 64 * 64 * 65 // 2
+    assert layouts.row_column(64, 64).pairs == 64 * 64 * 64
+    assert round(layouts.local2d(64, 64, 7).pairs / 4096) == 100  # keys a query inside 64 x 64
+    assert round(layouts.local2d(128, 128, 7).pairs / 16384) == 107
+    for side, share in ((32, 0.092), (48, 0.062), (64, 0.046)):  # strided, both sets
+        assert round(layouts.strided(side, side).density, 3) == share
+    local = layouts.local2d(128, 128, 7)
+    assert round(local.density / local.tile_density, 2) == 0.30  # of the pairs in 8 x 8 tiles of both
+    strips = layouts.row(128, 128)
+    assert strips.tile_density / strips.density < 1.5
+
+
+def test_lists_of_an_image_of_65536_tokens_are_small() -> None:
+    """No T x T tensor on the way: that would be 4 GiB."""
+    for text in ("local2d:7", "row_column", "strided", "fixed", "local2d:7+column"):
+        layout = layouts.parse(text, 256, 256)
+        block_lists.cache_clear()
+        tracemalloc.start()
+        lists = layout.block_lists()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 64 << 20, text
+        assert sum(part.blocks for part in lists) < 40_000
+        assert layout.block_lists() is lists, "lists are kept"
+        assert all(len(part.masks) <= 16 for part in lists)
+
+
+def test_tiles_keep_their_kind_and_fit_the_grid() -> None:
+    assert [fit_tile((8, 8), n, 64, 64) for n in (16, 32, 64, 128)] == [(4, 4), (4, 8), (8, 8), (8, 16)]
+    assert [fit_tile((1, 64), n, 256, 256) for n in (16, 64, 128)] == [(1, 16), (1, 64), (1, 128)]
+    assert [fit_tile((64, 1), n, 256, 256) for n in (16, 64, 128)] == [(16, 1), (64, 1), (128, 1)]
+    assert fit_tile((1, 64), 64, 10, 10) == (4, 16)
+    assert fit_tile((64, 1), 64, 32, 32) == (32, 2)
+    assert layouts.local2d(9, 9, 2).tile == (8, 8)
+    assert layouts.local2d(9, 9, 2).with_tile(4, 16).tile == (4, 16)
+    assert layouts.row(9, 9).tile == (1, 64)
+
+
+def reach(*texts: str, side: int = 12) -> float:
+    """The share of the causal triangle that stacked layers reach, the first layer first."""
+    seen = torch.eye(side * side)
+    for text in texts:
+        seen = (layouts.parse(text, side, side).dense_mask().float() @ seen > 0).float()
+    return float(seen.sum()) / (side * side * (side * side + 1) / 2)
+
+
+def test_two_layers_reach() -> None:
+    """Docs and README say which pairs of layers see all earlier pixels (docs/patterns.md)."""
+    assert reach("strided", "strided") == 1.0
+    assert reach("fixed:12,2", "fixed:12,2") == 1.0
+    assert reach("row_column", "row_column") < 0.7
+    assert reach("local2d:2", "local2d:2") < 0.5
+    assert reach("row", "column") < 0.7
+    # For fixed, the rows must come first (Child et al.; the other order sees summaries of unfinished rows).
+    row = "row"
+    summary = layouts.fixed(12, 12, 12, 2).dense_mask() & ~layouts.row(12, 12).dense_mask() | torch.eye(144).bool()
+    first = layouts.parse(row, 12, 12).dense_mask().float()
+    everything = torch.ones(144, 144).tril()
+    before = (summary.float() @ first > 0).sum() / everything.sum()
+    after = (first @ summary.float() > 0).sum() / everything.sum()
+    assert before > 0.95 > after
+
+
+def test_layouts_are_values() -> None:
+    one, same = layouts.local2d(6, 7, 2), layouts.parse("local2d:2", 6, 7)
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one.key == same.key == str(one)
+    assert one != layouts.local2d(6, 7, 3)
+    assert len({one, same, layouts.row(6, 7), one.prefix(5), layouts.local2d(6, 7, 2, causal=False), one.with_tile(4, 4)}) == 5
+    assert one.prefix(42) is one
+    for layout in (one, one | layouts.column(6, 7), one.prefix(9)):
+        assert pickle.loads(pickle.dumps(layout)) == layout
+        assert copy.deepcopy(layout) == layout
+    predicate = layouts.from_predicate(6, 7, lambda q, k: k == 0)
+    assert predicate == layouts.from_predicate(6, 7, predicate.pattern.fn)  # type: ignore[union-attr]
+    assert predicate != layouts.from_predicate(6, 7, lambda q, k: k == 0)
+    with pytest.raises(AttributeError):
+        one.height = 3  # type: ignore[misc]
+
+
+def test_a_layout_from_another_process_is_known_here() -> None:
+    code = "import pickle, sys; from igpt_kernels import layouts; sys.stdout.buffer.write(pickle.dumps(layouts.strided(3, 5, 4)))"
+    sent = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
+    layout = pickle.loads(sent)
+    assert len(layout.block_lists()) == 2
+    assert layout.pairs == int(layout.dense_mask().sum())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "pattern must be of dense"),
+        ("sparkle", "sparkle"),
+        ("local2d", "local2d takes 1 numbers, got 0"),
+        ("local2d:1,2", "takes 1 numbers, got 2"),
+        ("local2d:x", "local2d:x"),
+        ("local2d:-1", "local2d:-1"),
+        ("row+", "row+"),
+        ("row:3", "row takes 0 numbers"),
+        ("fixed:4,9", "c must be at most the stride, 4, got 9"),
+        ("strided:0", "stride must be at least 1, got 0"),
+        ("strided:1,2", "strided takes 0 to 1 numbers"),
+    ],
+)
+def test_bad_patterns_are_named(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words.replace("+", r"\+")):
+        layouts.parse(text, 8, 8)
+
+
+def test_bad_arguments_are_named() -> None:
+    layout = layouts.local2d(6, 7, 2)
+    for kind, words, call in (
+        (TypeError, "pattern must be a string, got int", lambda: layouts.parse(7, 8, 8)),  # type: ignore[arg-type]
+        (TypeError, "radius must be an int, got float", lambda: layouts.local2d(6, 7, 2.0)),  # type: ignore[arg-type]
+        (ValueError, "radius must not be negative, got -1", lambda: layouts.local2d(6, 7, -1)),
+        (ValueError, "height must be at least 1, got 0", lambda: layouts.row(0, 7)),
+        (TypeError, "width must be an int, got str", lambda: layouts.row(3, "7")),  # type: ignore[arg-type]
+        (TypeError, "causal must be a bool, got int", lambda: layouts.row(3, 7, causal=1)),  # type: ignore[arg-type]
+        (TypeError, r"fn must be a function of \(q, k\), got int", lambda: layouts.from_predicate(3, 3, 5)),  # type: ignore[arg-type]
+        (TypeError, "bool tensor, got bool", lambda: layouts.from_predicate(3, 3, lambda q, k: True).dense_mask()),
+        (TypeError, "got torch.int64 tensor", lambda: layouts.from_predicate(3, 3, lambda q, k: q + k).dense_mask()),
+        (ValueError, "must give a tensor of shape", lambda: layouts.from_predicate(3, 3, lambda q, k: (q == q)[:2]).dense_mask()),
+        (ValueError, "block_m must be 16, 32, 64 or 128, got 48", lambda: layout.block_lists(48)),
+        (ValueError, "tokens must be from 1 to 42, got 43", lambda: layout.prefix(43)),
+        (ValueError, "rows must be a power of two, got 3", lambda: layout.with_tile(3, 8)),
+        (ValueError, "from 16 to 128 tokens, got 2 x 4", lambda: layout.with_tile(2, 4)),
+        (ValueError, "the same width, got 7 and 8", lambda: layout | layouts.row(6, 8)),
+        (ValueError, "the same causal, got True and False", lambda: layout & layouts.row(6, 7, causal=False)),
+        (TypeError, "combined with a layout, got int", lambda: layout | 3),  # type: ignore[operator]
+        (ValueError, "k must lie from 0 to 41, got 42 to 42", lambda: layout.permits(0, 42)),
+        (TypeError, "q must be an int or an integer tensor, got torch.float32", lambda: layout.permits(torch.ones(2), 0)),
+        (TypeError, "q must be an int or an integer tensor, got str", lambda: layout.permits("0", 0)),  # type: ignore[arg-type]
+        (ValueError, "query must be an int from 0 to 41, got 42", lambda: layout.keys_of(42)),
+    ):
+        with pytest.raises(kind, match=words):
+            call()
