@@ -37,15 +37,16 @@ sparse_decode = torch.ops.igpt_kernels.sparse_decode
 
 
 @functools.lru_cache(maxsize=256)
-def groups_of(layout: str, heads: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Each distinct layout of the argument, with the heads that use it."""
-    keys = layout.split(";")
-    if len(keys) == 1:
-        return ((layout, tuple(range(heads))),)
+def _members(layout: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     members: dict[str, list[int]] = {}
-    for head, key in enumerate(keys):
+    for head, key in enumerate(layout.split(";")):
         members.setdefault(key, []).append(head)
-    return tuple((key, tuple(some)) for key, some in members.items())
+    return tuple((key, tuple(heads)) for key, heads in members.items())
+
+
+def groups_of(layout: str, heads: int) -> tuple[tuple[str, Sequence[int]], ...]:
+    """Each distinct layout of the argument, with the heads that use it."""
+    return _members(layout) if ";" in layout else ((layout, range(heads)),)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: str, scale: float, triton: bool) -> tuple[Tensor, Tensor]:
@@ -120,9 +121,12 @@ def _decode_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _:
     length, layout, scale, _triton = ctx.how  # type: ignore[attr-defined]
     batch, heads, longest = k_cache.shape[:3]
     seen = length if lengths is None else lengths
-    visible = torch.empty(batch, heads, 1, longest, dtype=torch.bool, device=q.device)
-    for key, members in groups_of(layout, heads):
-        visible[:, list(members), 0] = torch_sparse.visible_keys(key, seen, longest, batch, q.device)[:, None]
+    if ";" not in layout:
+        visible = torch_sparse.visible_keys(layout, seen, longest, batch, q.device)[:, None, None]
+    else:
+        visible = torch.empty(batch, heads, 1, longest, dtype=torch.bool, device=q.device)
+        for key, members in groups_of(layout, heads):
+            visible[:, list(members), 0] = torch_sparse.visible_keys(key, seen, longest, batch, q.device)[:, None]
     return *decode_gradients(grad, q, k_cache, v_cache, visible, scale), None, None, None, None, None
 
 

@@ -22,7 +22,11 @@ CHUNK_BYTES = 16 << 20
 """Gathered keys and values of one batch of tiles. Measured at 128², R = 7, 8 heads of 64: 4 to 32 MiB are alike."""
 DENSE_BYTES = 64 << 20
 """Largest dense mask that is taken because it is cheaper."""
+BLOCK_COST = 2.0
+"""A gathered tile costs up to twice a dense one: it is copied, and its gradient is added up."""
 BLOCK = 64
+FUSED = ("cpu",)
+"""Device types with torch's flash kernel that takes masks and gives the log-sum-exp."""
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -148,7 +152,7 @@ def plan(key: str, part: int) -> Plan:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention [N,n,Tq,D] with an additive mask [n or 1,Tq,Tk] of 0 and -inf; blind rows give 0 and -inf."""
-    if q.device.type == "cpu":
+    if q.device.type in FUSED:
         mask = None if bias is None else bias[None].to(q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
         out, lse = _cpu_forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     else:
@@ -168,7 +172,7 @@ def _attend_backward(
     """Gradients of `_attend`, given output and log-sum-exp of the whole row, of which these keys may be a part."""
     # A row that sees nothing anywhere: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    if q.device.type == "cpu":
+    if q.device.type in FUSED:
         mask = None if bias is None else bias[None].to(q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
         return _cpu_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     scores = (q @ k.transpose(-1, -2)).to(lse.dtype) * scale
@@ -253,8 +257,8 @@ def _dense_bias(key: str) -> Tensor | None:
     """The dense additive mask [1,T,T] of a layout where it is small and touched tiles are most of it, else None."""
     lists = blocks.block_lists(key, BLOCK, BLOCK)
     tokens = registered(key).tokens
-    # A gathered tile costs up to twice a dense one: it is copied, and its gradient is added up.
-    if 4 * tokens * tokens > DENSE_BYTES or 2 * BLOCK * BLOCK * sum(part.blocks for part in lists) < tokens * tokens:
+    gathered = BLOCK_COST * BLOCK * BLOCK * sum(part.blocks for part in lists)
+    if 4 * tokens * tokens > DENSE_BYTES or gathered < tokens * tokens:
         return None
     return torch.zeros(1, tokens, tokens).masked_fill(~registered(key).dense_mask(), -torch.inf)
 
@@ -318,8 +322,9 @@ def sparse_backward(
 def visible_keys(key: str, length: int | Tensor, longest: int, batch: int, device: torch.device) -> Tensor:
     """[B,Tmax] bool: the keys of a cache that the query at position ``length - 1`` sees under a registered layout."""
     layout = registered(key)
-    lengths = length.to(device).long() if isinstance(length, Tensor) else torch.tensor([length], device=device)
     position = torch.arange(longest, device=device)
+    # Added, not made into a tensor: the length may be symbolic.
+    lengths = length.to(device).long() if isinstance(length, Tensor) else position.new_zeros(1) + length
     query = (lengths - 1).clamp(min=0, max=layout.tokens - 1)[:, None]
     inside = position.clamp(max=layout.tokens - 1)[None, :]
     visible = layout._permits(query, inside) & (position < lengths[:, None]) & (position < layout.tokens)
