@@ -34,6 +34,12 @@ COMMANDS: dict[str, tuple[type[Any], str, tuple[str, ...], str]] = {
         ("model", "source"),
         "igpt probe MODEL SOURCE: how well does each layer classify?",
     ),
+    "layouts": (
+        config.LayoutsOptions,
+        "igpt.patterns:run_layouts",
+        ("pattern",),
+        "igpt layouts PATTERN: draw a sparse attention pattern.",
+    ),
     "info": (config.InfoOptions, "igpt.info:run_info", (), "Versions, devices, the compiled extension, chosen kernels."),
 }
 

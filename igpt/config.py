@@ -445,6 +445,33 @@ class DemoOptions(_Options):
 
 
 @dataclass(frozen=True)
+class LayoutsOptions(_Options):
+    """Options of `igpt layouts`: draw a sparse attention pattern, and say what it costs."""
+
+    pattern: str
+    """dense, local2d:R, row, column, row_column, strided[:STRIDE] or fixed[:STRIDE[,C]]; a+b is either, a&b both."""
+    size: int = 64
+    """Rows and columns of the image."""
+    height: int | None = None
+    """Rows, where they differ from the columns."""
+    width: int | None = None
+    """Columns."""
+    pixel: str = ""
+    """ROW,COLUMN of the pixel whose view is drawn; one in the lower middle when left out."""
+    causal: bool = True
+    """Only pixels before it in raster order; --no-causal draws what the bert objective sees."""
+    out: Path = Path("layout.png")
+    """The PNG to write."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "size")
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+
+
+@dataclass(frozen=True)
 class InfoOptions(_Options):
     """Options of `igpt info`: versions, devices, the compiled extension, and which kernels would be chosen."""
 

@@ -169,7 +169,7 @@ def plot_probe(result: ProbeResult, path: Path | str) -> None:
     """
     from igpt.probe import spread
 
-    figure = _figure(8.0, 5.0)
+    figure = new_figure(8.0, 5.0)
     axes = figure.add_subplot()
     curves: list[tuple[npt.NDArray[np.float64] | None, str, dict[str, Any]]] = [
         (result.normed, "after the layer's norm", {"color": BLUE, "marker": "o", "linewidth": 2, "zorder": 4}),
@@ -215,7 +215,7 @@ def plot_loss(metrics: Path | str, path: Path | str) -> None:
         MissingExtra: matplotlib is not installed.
     """
     series = _read_metrics(Path(metrics))
-    figure = _figure(8.0, 5.0)
+    figure = new_figure(8.0, 5.0)
     axes = figure.add_subplot()
     if "loss" in series:
         steps, losses = series["loss"]
@@ -277,7 +277,7 @@ def _read_metrics(path: Path) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[A
     return {name: (np.array([s for s, _ in rows]), np.array([v for _, v in rows])) for name, rows in ordered.items()}
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of `width` x `height` inches at 120 dots an inch, drawn by Agg: no window, no global state."""
     figure: Figure = need("matplotlib.figure", "eval").Figure(figsize=(width, height), dpi=120, layout="constrained")
     need("matplotlib.backends.backend_agg", "eval").FigureCanvasAgg(figure)

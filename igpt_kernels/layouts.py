@@ -116,10 +116,12 @@ class Union:
 
     first: Pattern
     second: Pattern
+    name: str = ""
+    """How it is written, where it is more than the sum of its sides."""
 
     @property
     def spec(self) -> str:
-        return f"{self.first.spec}+{self.second.spec}"
+        return self.name or f"{self.first.spec}+{self.second.spec}"
 
     def permits(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q may see key k."""
@@ -135,8 +137,8 @@ class Intersection:
 
     @property
     def spec(self) -> str:
-        sides = (f"({side.spec})" if isinstance(side, Union) else side.spec for side in (self.first, self.second))
-        return "&".join(sides)
+        sides = (self.first, self.second)
+        return "&".join(f"({x.spec})" if isinstance(x, Union) and not x.name else x.spec for x in sides)
 
     def permits(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q may see key k."""
@@ -410,7 +412,8 @@ def column(height: int, width: int, *, causal: bool = True) -> SparseLayout:
 
 def row_column(height: int, width: int, *, causal: bool = True) -> SparseLayout:
     """The query's own row and column; two layers of it reach every earlier pixel of the rectangle above and left."""
-    return row(height, width, causal=causal) | column(height, width, causal=causal)
+    sides = row(height, width).pattern, column(height, width).pattern
+    return SparseLayout(height, width, Union(*sides, name="row_column"), causal)
 
 
 def _check_stride(stride: int | None, width: int) -> int:
@@ -438,7 +441,7 @@ def strided(height: int, width: int, stride: int | None = None, *, causal: bool 
     stride = _check_stride(stride, width)
     window = Box(f"window:{stride}", stride, (1, 64), rows=(-1, 1), lag=(-stride, stride))
     every = Box(f"every:{stride}", stride, (64, 1), cols=(0, 0))
-    return SparseLayout(height, width, Union(window, every), causal)
+    return SparseLayout(height, width, Union(window, every, name=f"strided:{stride}"), causal)
 
 
 def fixed(height: int, width: int, stride: int | None = None, c: int = 8, *, causal: bool = True) -> SparseLayout:
@@ -461,7 +464,7 @@ def fixed(height: int, width: int, stride: int | None = None, c: int = 8, *, cau
         raise ValueError(f"c must be at most the stride, {stride}, got {c}")
     block = Box(f"block:{stride}", stride, (1, 64), rows=(0, 0))
     summary = Box(f"summary:{stride},{c}", stride, (8, 8), keys=(stride - c, FAR))
-    return SparseLayout(height, width, Union(block, summary), causal)
+    return SparseLayout(height, width, Union(block, summary, name=f"fixed:{stride},{c}"), causal)
 
 
 def from_predicate(height: int, width: int, fn: Fn, *, causal: bool = True) -> SparseLayout:

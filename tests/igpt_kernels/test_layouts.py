@@ -209,6 +209,9 @@ def test_layouts_are_values() -> None:
     assert hash(one) == hash(same)
     assert one.key == same.key == str(one)
     assert one != layouts.local2d(6, 7, 3)
+    for text in TEXTS:
+        layout = layouts.parse(text, 16, 16)
+        assert layouts.parse(layout.pattern.spec, 16, 16) == layout, "what is printed can be read"
     assert len({one, same, layouts.row(6, 7), one.prefix(5), layouts.local2d(6, 7, 2, causal=False), one.with_tile(4, 4)}) == 5
     assert one.prefix(42) is one
     for layout in (one, one | layouts.column(6, 7), one.prefix(9)):
