@@ -40,7 +40,6 @@ PRODUCTS = (
     "sparse_backward_keys",
     "sparse_backward_queries",
 )
-PAIRS = {f"{kind}_backward_{one}": f"{kind}_backward_{other}" for kind in ("flash", "sparse") for one, other in (("keys", "queries"), ("queries", "keys"))}
 WITHOUT_WGMMA = {("sparse_backward_keys", 256)}
 """Rows whose products need not be warpgroup MMAs: of 17 configurations tried every one that had them spilled."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -121,9 +120,7 @@ def launch(kernel: str, head_dim: int, dtype: torch.dtype, config: tuning.Config
         lengths = torch.ones(2, dtype=torch.int64)
         sparse_decode.launch_sparse_decode(q[:, :, :1], k, v, lengths, groups, scale=0.1, config=config)
     elif kernel.startswith("sparse"):
-        sparse_backward.launch_sparse_backward(
-            q, q, k, v, q, lse, groups, scale=0.1, key_config=pair[0], query_config=pair[1]
-        )
+        sparse_backward.launch_sparse_backward(q, q, k, v, q, lse, groups, scale=0.1, key_config=pair[0], query_config=pair[1])
     else:
         flash_backward.launch_flash_backward(
             q, q, k, v, q, lse, causal=True, scale=0.1, key_config=pair[0], query_config=pair[1]
@@ -150,7 +147,7 @@ def audit(table: str, kernel: str, bits: int, head_dim: int, config: tuning.Conf
     capability, limit = TARGETS[table]
     shipped = tuning.table(table)
     chosen = tuning.nearest(shipped, kernel, bits, head_dim) if config is None else config
-    other = tuning.nearest(shipped, PAIRS[kernel], bits, head_dim) if kernel in PAIRS else chosen
+    other = tuning.nearest(shipped, tuning.PAIRS.get(kernel, kernel), bits, head_dim)
     with compile_only(capability) as compiled:
         launch(kernel, head_dim, DTYPES[bits], chosen, other)
     rows = []

@@ -64,9 +64,9 @@ def method(name: str, layout: SparseLayout) -> Attention:
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)  # type: ignore[return-value]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: SparseLayout, dtype: torch.dtype) -> testing.AttentionResult:
+def exact(qkv: Sequence[Tensor], grad: Tensor, layout: SparseLayout, dtype: torch.dtype) -> testing.AttentionResult:
     """The oracle at `dtype`, 512 queries at a time: its scores are T x T."""
-    q, k, v = (x.detach().to(dtype) for x in (q, k, v))
+    q, k, v = (x.detach().to(dtype) for x in qkv)
     parts = []
     for start in range(0, q.shape[2], 512):
         rows = slice(start, min(start + 512, q.shape[2]))
@@ -83,7 +83,7 @@ def verify(name: str, layout: SparseLayout) -> float:
     """The share of the error budget that one head uses; AssertionError beyond 1."""
     qkv, grad = inputs(1, layout.tokens)
     shown = layouts.dense(layout.height, layout.width) if name == "sdpa" else layout
-    truth, eager = (exact(*qkv, grad, shown, dtype) for dtype in (torch.float64, torch.float32))
+    truth, eager = (exact(qkv, grad, shown, dtype) for dtype in (torch.float64, torch.float32))
     if name == "flex":
         # It has no backward pass on the CPU, and refuses inputs that want one.
         out = method(name, layout)(*(x.detach() for x in qkv))
@@ -228,7 +228,10 @@ def _memory_table(write: Callable[[dict[str, object]], None]) -> bool:
             else:
                 good = good and (name == "sdpa" and row["status"] == "timeout")
                 cells.append(str(row["status"]))
-        print(f"{text:11} {side:3} × {side:<3} {side * side:8,} {cells[0]:>9} {cells[1]:>14} {cells[2]:>21} {cells[3]:>15}", flush=True)
+        print(
+            f"{text:11} {side:3} × {side:<3} {side * side:8,} {cells[0]:>9} {cells[1]:>14} {cells[2]:>21} {cells[3]:>15}",
+            flush=True,
+        )
     return good
 
 

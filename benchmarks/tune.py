@@ -7,6 +7,7 @@ left out. The table goes to ``igpt_kernels/configs/<device>.json``, which `igpt_
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_attention import inputs, milliseconds
-from igpt_kernels import testing, tuning
+from igpt_kernels import layouts, testing, tuning
 from igpt_kernels.reference import attention_reference, decode_attention_reference
 
 TOKENS = 4096
@@ -26,15 +27,27 @@ WARPS_AND_STAGES = [(4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)]
 
 def candidates(kernel: str, bits: str) -> list[tuning.Config]:
     """What is tried: tiles of 16 to 128 rows, 4 or 8 warps, 1 to 3 stages; less for float32, which has no tensor cores."""
+    if kernel == "sparse_decode":
+        return [tuning.Config(64, n, warps, 2) for n in (16, 32, 64, 128) for warps in (2, 4, 8)]
     if kernel == "decode":
         return [tuning.Config(1, n, warps, 2) for n in (16, 32, 64, 128) for warps in (2, 4, 8)]
     sides = (32, 64, 128) if bits == "16" else (16, 32, 64)
     return [tuning.Config(m, n, warps, stages) for m in sides for n in sides for warps, stages in WARPS_AND_STAGES]
 
 
+def pattern(tokens: int) -> layouts.SparseLayout:
+    """What the sparse kernels are tuned on: a window of 7 pixels, the most common use."""
+    height = math.isqrt(tokens)
+    while tokens % height:
+        height -= 1
+    return layouts.local2d(height, tokens // height, 7)
+
+
 def runner(kernel: str, tensors: Sequence[Tensor], scale: float) -> Callable[[tuning.Config, tuning.Config], list[Tensor]]:
     """A call of the kernel on q, k, v and a gradient, with (candidate, the other backward kernel's configuration)."""
     q, k, v, grad = tensors
+    if kernel.startswith("sparse"):
+        return sparse_runner(kernel, tensors, scale)
     from igpt_kernels._triton.decode import launch_decode
     from igpt_kernels._triton.flash_backward import launch_flash_backward
     from igpt_kernels._triton.flash_forward import launch_flash_forward
@@ -54,13 +67,41 @@ def runner(kernel: str, tensors: Sequence[Tensor], scale: float) -> Callable[[tu
     return backward
 
 
+def sparse_runner(
+    kernel: str, tensors: Sequence[Tensor], scale: float
+) -> Callable[[tuning.Config, tuning.Config], list[Tensor]]:
+    """`runner` for the block-sparse kernels."""
+    from igpt_kernels._triton.sparse_backward import launch_sparse_backward
+    from igpt_kernels._triton.sparse_decode import launch_sparse_decode
+    from igpt_kernels._triton.sparse_forward import launch_sparse_forward
+
+    q, k, v, grad = tensors
+    groups = [(pattern(q.shape[2]).key, range(q.shape[1]))]
+    if kernel == "sparse_forward":
+        return lambda config, _: [launch_sparse_forward(q, k, v, groups, scale=scale, config=config)[0]]
+    if kernel == "sparse_decode":
+        return lambda config, _: [launch_sparse_decode(q[:, :, -1:], k, v, k.shape[2], groups, scale=scale, config=config)[0]]
+    out, lse = launch_sparse_forward(q, k, v, groups, scale=scale)
+
+    def backward(config: tuning.Config, other: tuning.Config) -> list[Tensor]:
+        pair = (config, other) if kernel == "sparse_backward_keys" else (other, config)
+        return list(
+            launch_sparse_backward(grad, q, k, v, out, lse, groups, scale=scale, key_config=pair[0], query_config=pair[1])
+        )
+
+    return backward
+
+
 def truth(kernel: str, tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
     """What the kernel should compute, in the dtype of its inputs."""
     q, k, v, grad = tensors
     if kernel == "decode":
         return [decode_attention_reference(q[:, :, -1:], k, v, k.shape[2], scale=scale)]
-    result = testing.attention_result(lambda *x: attention_reference(*x, scale=scale)[0], (q, k, v), grad)
-    return [result.out] if kernel == "flash_forward" else [result.dq, result.dk, result.dv]
+    mask = pattern(q.shape[2]).dense_mask(q.device) if kernel.startswith("sparse") else None
+    result = testing.attention_result(lambda *x: attention_reference(*x, scale=scale, mask=mask)[0], (q, k, v), grad)
+    if kernel == "sparse_decode":
+        return [result.out[:, :, -1:]]
+    return [result.out] if kernel.endswith("forward") else [result.dq, result.dk, result.dv]
 
 
 def best(kernel: str, bits: str, head_dim: int, shipped: tuning.Config, other: tuning.Config) -> tuning.Config:
@@ -93,12 +134,11 @@ def main() -> int:
         print("benchmarks.tune needs an NVIDIA GPU; none is visible", file=sys.stderr)
         return 2
     shipped: Mapping[str, Mapping[str, Mapping[str, tuning.Config]]] = tuning.table(tuning.table_for(torch.device("cuda", 0)))
-    pairs = {"flash_backward_keys": "flash_backward_queries"}
     kernels: dict[str, dict[str, dict[str, list[int]]]] = {}
     for kernel, by_bits in shipped.items():
         for bits, dims in by_bits.items():
             for head_dim, config in dims.items():
-                other = tuning.nearest(shipped, pairs.get(kernel, "flash_backward_keys"), int(bits), int(head_dim))
+                other = tuning.nearest(shipped, tuning.PAIRS.get(kernel, kernel), int(bits), int(head_dim))
                 chosen = best(kernel, bits, int(head_dim), config, other)
                 kernels.setdefault(kernel, {}).setdefault(bits, {})[head_dim] = list(astuple(chosen))
     path = tuning.FOLDER / f"{tuning.slug(torch.cuda.get_device_name())}.json"

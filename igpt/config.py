@@ -61,7 +61,7 @@ class ImageGPTConfig:
     width: int = 32
     """Columns of the image in tokens."""
     attention: str | tuple[str, ...] = "dense"
-    """Attention pattern, or patterns cycled over the layers: dense, or a sparse one as `igpt_kernels.layouts.parse` reads it."""
+    """Attention pattern, or patterns cycled over the layers: dense, or what `igpt_kernels.layouts.parse` reads."""
     objective: Objective = "ar"
     """ar: predict each pixel from those before it. bert: predict masked pixels from all others."""
     mask_rate: float = 0.15
@@ -248,7 +248,7 @@ class PretrainOptions(_Options):
     """auto: 512 colours learned from the training images (all of them where they have fewer). fit:K learns K, uniform:K
     spaces them evenly, anything else is a palette folder."""
     attention: tuple[str, ...] = ("dense",)
-    """Attention pattern(s), cycled over the layers: dense, local2d:7, row, column, row_column, strided, fixed; a+b is either."""
+    """Attention pattern(s), cycled over the layers: dense, local2d:7, row, column, row_column, strided, fixed; a+b."""
     objective: Objective = "ar"
     """ar: next pixel. bert: masked pixels."""
     steps: int = 10_000

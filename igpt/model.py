@@ -45,9 +45,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: layouts.SparseLayout | None = None
-) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: layouts.SparseLayout | None = None) -> Tensor:
     """``softmax(q kᵀ / sqrt(D)) v``, eager: q [B,H,Tq,D], k and v [B,H,Tk,D] -> [B,H,Tq,D].
 
     The last query stands at the last key: causal hides the keys after each query's own position; a layout hides what it says.
@@ -116,7 +114,9 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         pattern = "dense" if self.layout is None else self.layout
-        return f"n_head={self.n_head}, causal={self.causal}, pattern={pattern}, kernel={swap.active(self, 'attention') or 'plain'}"
+        return (
+            f"n_head={self.n_head}, causal={self.causal}, pattern={pattern}, kernel={swap.active(self, 'attention') or 'plain'}"
+        )
 
 
 class Block(nn.Module):

@@ -82,13 +82,16 @@ def plot_layout(layout: SparseLayout, query: int, path: Path | str) -> None:
             for label, color in (("full", BLUE), ("with a mask", PARTIAL))
         ]
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9)
-    share = f"{100 * layout.density:.2g} % of the pairs of dense causal attention; its blocks hold {100 * layout.tile_density:.2g} %"
-    figure.suptitle(f"{layout.pattern.spec} on {layout.height} × {layout.width}: {share}", fontsize=12)
+    share, held = (f"{100 * density:.2g} %" for density in (layout.density, layout.tile_density))
+    size = f"{layout.pattern.spec} on {layout.height} × {layout.width}"
+    figure.suptitle(f"{size}: {share} of the pairs of dense causal attention, its blocks hold {held}", fontsize=12)
     figure.savefig(path, format="png")
 
 
 def run_layouts(options: LayoutsOptions) -> None:
     """What `igpt layouts` does: draw a pattern, print its numbers."""
+    from tqdm import tqdm
+
     height = options.size if options.height is None else options.height
     width = options.size if options.width is None else options.width
     try:
@@ -99,14 +102,16 @@ def run_layouts(options: LayoutsOptions) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as temporary:
         plot_layout(layout, query, temporary)
-    print(f"{layout}: {layout.tokens:,} tokens, {layout.pairs:,} visible pairs, {layout.pairs / layout.tokens:.1f} a pixel")
-    print(f"density       {layout.density:.4f} of dense causal attention: the work that is useful")
-    print(f"tile density  {layout.tile_density:.4f}: the work that is done")
+    tqdm.write(
+        f"{layout}: {layout.tokens:,} tokens, {layout.pairs:,} visible pairs, {layout.pairs / layout.tokens:.1f} a pixel"
+    )
+    tqdm.write(f"density       {layout.density:.4f} of dense causal attention: the work that is useful")
+    tqdm.write(f"tile density  {layout.tile_density:.4f}: the work that is done")
     for lists in layout.block_lists():
         full = int((lists.q_masks == FULL).sum())
         size = f"{lists.q_tile[0]} x {lists.q_tile[1]} and {lists.k_tile[0]} x {lists.k_tile[1]} pixels"
-        print(f"blocks        {lists.blocks:,} of {size}, {full:,} full, {len(lists.masks)} masks")
-    print(f"picture       {options.out}")
+        tqdm.write(f"blocks        {lists.blocks:,} of {size}, {full:,} full, {len(lists.masks)} masks")
+    tqdm.write(f"picture       {options.out}")
 
 
 def _query(pixel: str, height: int, width: int) -> int:

@@ -127,7 +127,8 @@ class _Tiles:
 
     @property
     def down(self) -> int:
-        return -(-(-(-self.tokens // self.pitch)) // self.rows)
+        grid_rows = -(-self.tokens // self.pitch)
+        return -(-grid_rows // self.rows)
 
     @property
     def count(self) -> int:
@@ -187,9 +188,7 @@ def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> tupl
     return y[0][i] * queries.across + x[0][j], y[1][i] * keys.across + x[1][j]
 
 
-def _evaluate(
-    layout: SparseLayout, part: Part, queries: _Tiles, keys: _Tiles, q: np.ndarray, k: np.ndarray
-) -> np.ndarray:
+def _evaluate(layout: SparseLayout, part: Part, queries: _Tiles, keys: _Tiles, q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """The bits of pairs of tiles, bool [n, BLOCK_M, BLOCK_N]."""
     q_token, q_exists = queries.elements(q)
     k_token, k_exists = keys.elements(k)

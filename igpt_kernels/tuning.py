@@ -18,6 +18,12 @@ import torch
 FOLDER = Path(__file__).parent / "configs"
 FAMILIES: Mapping[tuple[int, int], str] = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 """Compute capability -> table. Others (8.6, 8.9, 12.0: 99 KiB of shared memory) take the default."""
+PAIRS = {
+    f"{kind}_backward_{one}": f"{kind}_backward_{other}"
+    for kind in ("flash", "sparse")
+    for one, other in (("keys", "queries"), ("queries", "keys"))
+}
+"""Backward kernels that one launcher launches together."""
 
 
 @dataclass(frozen=True)

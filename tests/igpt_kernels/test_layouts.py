@@ -225,7 +225,9 @@ def test_layouts_are_values() -> None:
 
 
 def test_a_layout_from_another_process_is_known_here() -> None:
-    code = "import pickle, sys; from igpt_kernels import layouts; sys.stdout.buffer.write(pickle.dumps(layouts.strided(3, 5, 4)))"
+    code = (
+        "import pickle, sys; from igpt_kernels import layouts; sys.stdout.buffer.write(pickle.dumps(layouts.strided(3, 5, 4)))"
+    )
     sent = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
     layout = pickle.loads(sent)
     assert len(layout.block_lists()) == 2
@@ -265,7 +267,11 @@ def test_bad_arguments_are_named() -> None:
         (TypeError, r"fn must be a function of \(q, k\), got int", lambda: layouts.from_predicate(3, 3, 5)),  # type: ignore[arg-type]
         (TypeError, "bool tensor, got bool", lambda: layouts.from_predicate(3, 3, lambda q, k: True).dense_mask()),
         (TypeError, "got torch.int64 tensor", lambda: layouts.from_predicate(3, 3, lambda q, k: q + k).dense_mask()),
-        (ValueError, "must give a tensor of shape", lambda: layouts.from_predicate(3, 3, lambda q, k: (q == q)[:2]).dense_mask()),
+        (
+            ValueError,
+            "must give a tensor of shape",
+            lambda: layouts.from_predicate(3, 3, lambda q, k: (q == q)[:2]).dense_mask(),
+        ),
         (ValueError, "block_m must be 16, 32, 64 or 128, got 48", lambda: layout.block_lists(48)),
         (ValueError, "tokens must be from 1 to 42, got 43", lambda: layout.prefix(43)),
         (ValueError, "rows must be a power of two, got 3", lambda: layout.with_tile(3, 8)),

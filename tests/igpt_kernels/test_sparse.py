@@ -25,7 +25,17 @@ from igpt_kernels.reference import attention_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TEXTS = ["local2d:3", "row", "column", "row_column", "strided", "strided:7", "fixed:10,3", "local2d:2+column", "local2d:4&row_column"]
+TEXTS = [
+    "local2d:3",
+    "row",
+    "column",
+    "row_column",
+    "strided",
+    "strided:7",
+    "fixed:10,3",
+    "local2d:2+column",
+    "local2d:4&row_column",
+]
 
 
 @pytest.fixture(params=["tiles", "dense"])
@@ -179,8 +189,12 @@ def test_gradcheck(text: str) -> None:
     assert torch.autograd.gradcheck(lambda *x: block_sparse_attention(*x, layout), x)
     query = x[0][:, :, 5:6].detach().clone().requires_grad_()
     for length in (7, torch.tensor([12, 3])):
-        assert torch.autograd.gradcheck(lambda *x: decode_attention(*x, length, layout=layout), (query, *x[1:]))
-        assert torch.autograd.gradgradcheck(lambda *x: decode_attention(*x, length, layout=layout), (query, *x[1:]))
+
+        def row(q: Tensor, k: Tensor, v: Tensor, length: int | Tensor = length) -> Tensor:
+            return decode_attention(q, k, v, length, layout=layout)
+
+        assert torch.autograd.gradcheck(row, (query, *x[1:]))
+        assert torch.autograd.gradgradcheck(row, (query, *x[1:]))
 
 
 def test_second_derivative_is_a_clear_error() -> None:
@@ -339,18 +353,22 @@ def test_decode_is_a_row_of_the_whole() -> None:
 def test_bad_arguments_are_named() -> None:
     q, k, v = inputs(42)
     layout = layouts.local2d(6, 7, 1)
+    sparse, other = block_sparse_attention, layouts.row(7, 8)
+    query = q[:, :, :1]
+    facts = {"dtype": q.dtype, "device": "cpu", "head_dim": 8, "layout": layout}
+    names = "layout must be a SparseLayout or a sequence of them, got "
     for kind, words, call in (
-        (TypeError, "layout must be a SparseLayout or a sequence of them, got str", lambda: block_sparse_attention(q, k, v, "row")),
-        (TypeError, "got int in it", lambda: block_sparse_attention(q, k, v, [layout, 3])),  # type: ignore[list-item]
-        (ValueError, "one for each of 2 heads; got 3", lambda: block_sparse_attention(q, k, v, [layout] * 3)),
-        (ValueError, r"layout must have 42 tokens, got 56.*prefix", lambda: block_sparse_attention(q, k, v, layouts.row(7, 8))),
-        (ValueError, "layout must have 42 tokens, got 56", lambda: decode_attention(q[:, :, :1], k, v, 1, layout=[layout, layouts.row(7, 8)])),
-        (ValueError, "k must have as many tokens as q, 42, got 41", lambda: block_sparse_attention(q, k[:, :, 1:], v[:, :, 1:], layout)),
-        (ValueError, "backend must be auto, triton, torch, reference", lambda: block_sparse_attention(q, k, v, layout, backend="ext")),
-        (backends.BackendUnavailable, "device cpu", lambda: block_sparse_attention(q, k, v, layout, backend="triton")),
-        (ValueError, "length must be from 0 to the layout's 30, got 31", lambda: decode_attention(q[:, :, :1], k, v, 31, layout=layouts.row(5, 6))),
-        (ValueError, "layout must be None for flash_attention", lambda: backends.explain("flash_attention", dtype=q.dtype, device="cpu", head_dim=8, layout=layout)),
-    ):  # fmt: skip
+        (TypeError, names + "str", lambda: sparse(q, k, v, "row")),
+        (TypeError, names + "int in it", lambda: sparse(q, k, v, [layout, 3])),  # type: ignore[list-item]
+        (ValueError, "one for each of 2 heads; got 3", lambda: sparse(q, k, v, [layout] * 3)),
+        (ValueError, r"layout must have 42 tokens, got 56.*prefix", lambda: sparse(q, k, v, other)),
+        (ValueError, "must have 42 tokens, got 56", lambda: decode_attention(query, k, v, 1, layout=[layout, other])),
+        (ValueError, "k must have as many tokens as q, 42, got 41", lambda: sparse(q, k[:, :, 1:], v[:, :, 1:], layout)),
+        (ValueError, "backend must be auto, triton, torch, reference", lambda: sparse(q, k, v, layout, backend="ext")),
+        (backends.BackendUnavailable, "device cpu", lambda: sparse(q, k, v, layout, backend="triton")),
+        (ValueError, "the layout's 30, got 31", lambda: decode_attention(query, k, v, 31, layout=layouts.row(5, 6))),
+        (ValueError, "layout must be None for flash_attention", lambda: backends.explain("flash_attention", **facts)),
+    ):
         with pytest.raises(kind, match=words):
             call()
 

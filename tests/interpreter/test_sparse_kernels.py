@@ -48,14 +48,18 @@ class Sparse(torch.autograd.Function):
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         groups, scale, config = ctx.how
         swapped = Config(config.block_n, config.block_m, 4, 1)
-        grads = launch_sparse_backward(
-            grad, *ctx.saved_tensors, groups, scale=scale, key_config=swapped, query_config=config
-        )
+        grads = launch_sparse_backward(grad, *ctx.saved_tensors, groups, scale=scale, key_config=swapped, query_config=config)
         return *grads, None, None, None
 
 
 def compare(
-    q: Tensor, k: Tensor, v: Tensor, layout: SparseLayout | Sequence[SparseLayout], *, scale: float = 0.3, config: Config = SMALL
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SparseLayout | Sequence[SparseLayout],
+    *,
+    scale: float = 0.3,
+    config: Config = SMALL,
 ) -> None:
     """Out, lse and gradients of the kernels within their budgets, with nothing written outside of the outputs."""
     groups = groups_of(check_layout(layout, heads=q.shape[1], tokens=q.shape[2]), q.shape[1])
@@ -116,9 +120,7 @@ def test_head_dims(text: str, head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kinds", [(a, b) for a in testing.LAYOUTS for b in testing.LAYOUTS], ids="-".join)
 def test_strides(kinds: tuple[str, str]) -> None:
-    q, k, v = (
-        testing.make_input((2, 3, 30, 24), dtype=torch.float32, seed=i, layout=kinds[i % 2]) for i in range(3)
-    )
+    q, k, v = (testing.make_input((2, 3, 30, 24), dtype=torch.float32, seed=i, layout=kinds[i % 2]) for i in range(3))
     compare(q, k, v, layouts.parse("local2d:2+column", 5, 6))
 
 
@@ -155,7 +157,9 @@ def test_rows_that_see_nothing() -> None:
 
 
 # Scores of 30·|q|·|k| are about 500, whose log-sum-exp float32 knows to 3e-5: parts merged by it are no better.
-@pytest.mark.parametrize(("text", "scale"), [("local2d:2", 30.0), ("row_column", 1e-3), ("row_column", 1.0), ("row_column", 5.0)])
+@pytest.mark.parametrize(
+    ("text", "scale"), [("local2d:2", 30.0), ("row_column", 1e-3), ("row_column", 1.0), ("row_column", 5.0)]
+)
 def test_scales(text: str, scale: float) -> None:
     compare(*inputs(42, 16, torch.float32), layouts.parse(text, 6, 7), scale=scale)
 
@@ -271,3 +275,14 @@ def test_decode_splits_long_lists() -> None:
         out, _ = launch_sparse_decode(q, k, v, length, groups, scale=0.3, config=SMALL)
         exact = decode_oracle(q.double(), k.double(), v.double(), [length], [layout, layout])
         torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_decode_is_causal_without_a_causal_pattern() -> None:
+    """A cache holds what was drawn so far, whatever else a pattern would show."""
+    layout = layouts.local2d(6, 7, 3, causal=False)
+    q = testing.make_input((1, 1, 1, 16), dtype=torch.float32, seed=1)
+    k, v = (testing.make_input((1, 1, 42, 16), dtype=torch.float32, seed=seed) for seed in (2, 3))
+    k[:, :, 20:], v[:, :, 20:] = math.nan, math.nan
+    out, _ = launch_sparse_decode(q, k, v, 20, [(layout.key, [0])], scale=0.3, config=SMALL)
+    exact = decode_oracle(q.double(), k.double(), v.double(), [20], [layout])
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)

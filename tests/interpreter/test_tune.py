@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_attention, tune
+from igpt_kernels import tuning
 from igpt_kernels.reference import attention_reference
 from igpt_kernels.tuning import Config
 
@@ -21,7 +22,7 @@ def small_inputs(batch: int, heads: int, tokens: int, head_dim: int) -> tuple[li
     return [x.requires_grad_() for x in (q, k, v)], grad
 
 
-@pytest.mark.parametrize("kernel", ["flash_forward", "flash_backward_keys", "flash_backward_queries", "decode"])
+@pytest.mark.parametrize("kernel", sorted(tuning.table("default")))
 def test_the_fastest_right_candidate_is_taken(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {SHIPPED: 3.0, FAST: 2.0, WRONG: 1.0}
     monkeypatch.setattr(tune, "inputs", small_inputs)
