@@ -31,7 +31,9 @@ test: env ## All tests.
 
 gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU, time attention. Installs nothing.
 	@$(PYTHON) setup.py -q build_ext --inplace
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_gpu_attention.py tests/test_gpu.py; tested=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention && exit $$tested
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_gpu_attention.py tests/test_gpu_sparse.py tests/test_gpu.py; tested=$$?; \
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention; dense=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_sparse; sparse=$$?; \
+	exit $$((tested + dense + sparse))
 
 tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune
@@ -54,6 +56,7 @@ format: env ## Rewrite the sources in the project's format.
 
 bench: env ## Benchmarks, each case checked against the reference before it is timed.
 	@$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-sort=name
+	@$(BIN)/python -m benchmarks.sparse
 
 golden: env ## Regenerate the golden data of the tests.
 	@$(BIN)/python tests/golden/regenerate.py

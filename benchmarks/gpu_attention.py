@@ -140,6 +140,14 @@ def environment() -> dict[str, object]:
     }
 
 
+def results_folder(facts: dict[str, object]) -> Path:
+    """Where the rows of this run go, made if missing: device, date and revision."""
+    stamp = f"{str(facts['date'])[:10]}-{str(facts['revision'])[:7] or 'unknown'}"
+    folder = RESULTS / tuning.slug(torch.cuda.get_device_name()) / stamp
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print rows as they come and keep them; 1 if ours failed somewhere, 2 without a GPU."""
     parser = argparse.ArgumentParser(description="TFLOP/s of causal attention, ours and torch's, on this GPU")
@@ -149,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu_attention needs an NVIDIA GPU; none is visible", file=sys.stderr)
         return 2
     facts = environment()
-    stamp = f"{str(facts['date'])[:10]}-{str(facts['revision'])[:7] or 'unknown'}"
-    folder = RESULTS / tuning.slug(torch.cuda.get_device_name()) / stamp
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(facts)
     facts["matmul_tflops"] = matmul_teraflops()
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, matmul {facts['matmul_tflops']:.0f} TFLOP/s")
@@ -166,20 +172,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file.flush()
                 if name == "triton":
                     ours, failed = row, failed or row["status"] != "ok"
-                print(f"{model:5} {side:4} {name:11} {_cells(row, ours)}", flush=True)
+                print(f"{model:5} {side:4} {name:11} {cells(row, ours)}", flush=True)
     print(f"rows are in {folder}")
     return 1 if failed else 0
 
 
-def _cells(row: dict[str, object], ours: dict[str, object]) -> str:
+def cells(row: dict[str, object], ours: dict[str, object]) -> str:
+    """Times, rates and ratios of a row for a table, or why there are none."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
-    cells = []
+    parts = []
     for way in ("forward", "backward"):
         time = row[f"{way}_ms"][0]  # type: ignore[index]
         ratio = time / ours[f"{way}_ms"][0] if ours.get("status") == "ok" else float("nan")  # type: ignore[index]
-        cells.append(f"{time:12.3f} {row[f'{way}_tflops']:8.0f} {ratio:7.2f}")
-    return "   ".join(cells) + f"  {row['error_ratio']:.2f}"
+        parts.append(f"{time:12.3f} {row[f'{way}_tflops']:8.0f} {ratio:7.2f}")
+    return "   ".join(parts) + f"  {row['error_ratio']:.2f}"
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ MUTANTS = (
         "sparse_forward.py",
         "(word >> (cols % 32)[None, :])",
         "(word >> (cols % 31)[None, :])",
-        "test_patterns",
+        "test_blocks",
         SPARSE,
     ),
     Mutant(
@@ -131,7 +131,7 @@ MUTANTS = (
         "sparse_forward.py",
         "(word >> (cols % 32)[:, None])",
         "(word >> (cols % 31)[:, None])",
-        "test_patterns",
+        "test_blocks",
         SPARSE,
     ),
     Mutant(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,26 @@ def test_audit_sees_spills_and_serialised_products() -> None:
         serial = audit.audit("sm_90", "flash_forward", 16, 192, Config(128, 64, 8, 2))
         assert "WGMMA serialised" in serial[0].problems, serial
     """
-    import textwrap
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
+
+def test_no_pattern_and_no_size_compiles_anew() -> None:
+    """Four forms of the forward kernel are all there are: with and without parts before, last or not."""
+    code = """
+        import torch
+        from benchmarks import audit
+        from igpt_kernels import layouts
+        from igpt_kernels._triton.sparse_forward import launch_sparse_forward
+        seen = []
+        for text, h, w in [("local2d:1+row+column", 16, 16), ("row_column", 16, 16), ("local2d:9", 20, 20), ("strided:7", 16, 25),
+                           ("fixed:10,3+column", 40, 10), ("local2d:7&strided", 31, 33), ("column", 64, 64), ("row", 8, 8)]:
+            x = torch.empty(2, h * w, 3, 4, 64, dtype=torch.bfloat16)
+            q, k, v = (x[:, :, i].transpose(1, 2) for i in range(3))
+            with audit.compile_only(90) as compiled:
+                launch_sparse_forward(q, k, v, [(layouts.parse(text, h, w).key, range(4))], scale=0.1)
+            seen += [kernel.hash for _, kernel in compiled]
+        assert len(seen) >= 13 and len(set(seen)) == 4, (len(seen), len(set(seen)))
+    """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
