@@ -450,6 +450,8 @@ class LayoutsOptions(_Options):
 
     pattern: str
     """dense, local2d:R, row, column, row_column, strided[:STRIDE] or fixed[:STRIDE[,C]]; a+b is either, a&b both."""
+    then: str = ""
+    """Pattern of the layer above, for what two layers reach (up to 64 x 64); the same when left out."""
     size: int = 64
     """Rows and columns of the image."""
     height: int | None = None

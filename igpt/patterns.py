@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PARTIAL = "#9dbbe0"
 FUTURE = "#ececec"
 NOTHING = "white"
+LARGEST_REACH = 64 * 64  # tokens: the product of two such masks takes a second or two
 
 
 def pixel_view(layout: SparseLayout, query: int) -> npt.NDArray[np.int64]:
@@ -43,6 +44,14 @@ def block_view(lists: BlockLists) -> npt.NDArray[np.int64]:
     owner = np.repeat(np.arange(len(pointer) - 1), np.diff(pointer))
     view[owner, tiles] = np.where(lists.q_masks.numpy() == FULL, 2, 1)
     return view
+
+
+def reach(first: SparseLayout, second: SparseLayout) -> float:
+    """The share of the causal triangle that is seen through two layers: pairs (i, k) with a pixel j that i sees in the second
+    layer and that sees k in the first. Costs a product of two T x T matrices.
+    """
+    both = second.dense_mask().float() @ first.dense_mask().float()
+    return float(both.count_nonzero()) / (first.tokens * (first.tokens + 1) / 2)
 
 
 def plot_layout(layout: SparseLayout, query: int, path: Path | str) -> None:
@@ -96,6 +105,7 @@ def run_layouts(options: LayoutsOptions) -> None:
     width = options.size if options.width is None else options.width
     try:
         layout = layouts.parse(options.pattern, height, width, causal=options.causal)
+        above = layouts.parse(options.then or options.pattern, height, width, causal=options.causal)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     query = _query(options.pixel, height, width)
@@ -111,6 +121,9 @@ def run_layouts(options: LayoutsOptions) -> None:
         full = int((lists.q_masks == FULL).sum())
         size = f"{lists.q_tile[0]} x {lists.q_tile[1]} and {lists.k_tile[0]} x {lists.k_tile[1]} pixels"
         tqdm.write(f"blocks        {lists.blocks:,} of {size}, {full:,} full, {len(lists.masks)} masks")
+    if options.causal and layout.tokens <= LARGEST_REACH:
+        share = f"{100 * reach(layout, above):.1f} % of all earlier pixels"
+        tqdm.write(f"two layers    {layout.pattern.spec}, then {above.pattern.spec}: {share}")
     tqdm.write(f"picture       {options.out}")
 
 

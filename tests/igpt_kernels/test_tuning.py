@@ -106,14 +106,14 @@ def test_no_pattern_and_no_size_compiles_anew() -> None:
         from igpt_kernels import layouts
         from igpt_kernels._triton.sparse_forward import launch_sparse_forward
         seen = []
-        for text, h, w in [("local2d:1+row+column", 16, 16), ("row_column", 16, 16), ("local2d:9", 20, 20), ("strided:7", 16, 25),
-                           ("fixed:10,3+column", 40, 10), ("local2d:7&strided", 31, 33), ("column", 64, 64), ("row", 8, 8)]:
+        for text, h, w in [("local2d:1+row+column", 16, 16), ("row_column", 16, 16), ("local2d:9", 20, 20), ("row", 8, 8),
+                           ("strided:7", 16, 25), ("fixed:10,3+column", 40, 10), ("local2d:7&strided", 31, 33)]:
             x = torch.empty(2, h * w, 3, 4, 64, dtype=torch.bfloat16)
             q, k, v = (x[:, :, i].transpose(1, 2) for i in range(3))
             with audit.compile_only(90) as compiled:
                 launch_sparse_forward(q, k, v, [(layouts.parse(text, h, w).key, range(4))], scale=0.1)
             seen += [kernel.hash for _, kernel in compiled]
-        assert len(seen) >= 13 and len(set(seen)) == 4, (len(seen), len(set(seen)))
+        assert len(seen) >= 12 and len(set(seen)) == 4, (len(seen), len(set(seen)))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
