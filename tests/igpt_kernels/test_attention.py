@@ -138,7 +138,11 @@ def test_decode_is_the_last_row_and_ignores_the_rest(backend: str, dtype: torch.
         (lambda q, k, v: decode_attention(q[:, :, :1], k, v, torch.tensor([1.0, 2.0])), TypeError, "integer"),
         (lambda q, k, v: decode_attention(q[:, :, :1], k, v, torch.tensor([1])), ValueError, r"\[2\]"),
         (lambda q, k, v: decode_attention(q[:, :, :1], k, v, torch.tensor([1, 9])), ValueError, "9"),
-        (lambda q, k, v: decode_attention(q[:, :, :1], k, v, 1, layout="row"), ValueError, "layout.*row"),
+        (
+            lambda q, k, v: decode_attention(q[:, :, :1], k, v, 1, layout="row"),
+            TypeError,
+            "layout must be a SparseLayout.*got str",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: object, error: type[Exception], message: str) -> None:
