@@ -259,7 +259,7 @@ MUTANTS = (
     ),
     Mutant("sparse: dK scaled in every part", "sparse_backward.py", "scale if last else 1.0", "scale", "test_patterns", SPARSE),
     Mutant(
-        "sparse: delta left out", "sparse_backward.py", "- delta[None, :])", "- 0 * delta[None, :])", "test_patterns", SPARSE
+        "sparse: delta left out", "sparse_backward.py", "- delta[:, None])", "- 0 * delta[:, None])", "test_patterns", SPARSE
     ),
     Mutant(
         "sparse: backward mask ignored",

@@ -32,6 +32,17 @@ def finish(m, l, acc):  # noqa: E741
     return out, lse
 
 
+@triton.jit
+def decode_step(q, k, v, seen, m, l, acc):  # noqa: E741
+    """Take one key a row into the rows' running softmaxes; where not `seen`, nothing."""
+    s = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
+    m_new = tl.maximum(m, s)
+    finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.math.exp2(s - finite)
+    shrink = tl.math.exp2(m - finite)
+    return m_new, l * shrink + p, acc * shrink[:, None] + p[:, None] * v
+
+
 @triton.jit(do_not_specialize=["H", "Tmax", "length", "splits"])
 def _decode_kernel(
     Q, K, V, Lengths, Out, Lse,  # q [B,H,1,D], k, v [B,H,Tmax,D] of any strides; out [B·H,splits,D], lse [B·H,splits]
@@ -72,14 +83,7 @@ def _decode_kernel(
         seen = start + slots < last
         k = load_part(k_base + at * stride_kt, k_offset, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)
         v = load_part(v_base + at * stride_vt, v_offset, seen, stride_vd, D, 0, WIDTH, True).to(tl.float32)
-        s = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
-        m_new = tl.maximum(m, s)
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(s - finite)
-        shrink = tl.math.exp2(m - finite)
-        l = l * shrink + p  # noqa: E741
-        acc = acc * shrink[:, None] + p[:, None] * v
-        m = m_new
+        m, l, acc = decode_step(q, k, v, seen, m, l, acc)  # noqa: E741
     out, lse = finish(m, l, acc)
     row = head.to(tl.int64) * splits + split
     tl.store(Out + row * D + dims, out.to(Out.dtype.element_ty), mask=dims < D)

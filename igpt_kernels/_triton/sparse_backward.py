@@ -26,7 +26,7 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.flash_backward import launch_flash_delta
+from igpt_kernels._triton.flash_backward import key_step, launch_flash_delta
 from igpt_kernels._triton.sparse_forward import (
     Group,
     first_token,
@@ -85,13 +85,8 @@ def _sparse_backward_keys_kernel(
         g0, g1 = load_tile(g_base, there * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
         lse = tl.load(Lse + row_base + token, mask=row_ok, other=0.0) * LOG2E
         delta = tl.load(Delta + row_base + token, mask=row_ok, other=0.0)
-        # Transposed scores, [N, M]: see flash_backward.key_step.
-        p = tl.math.exp2(scores(k0, k1, q0, q1, DB) * scale_log2 - lse[None, :])
-        # After the exponential: a row that sees nothing has lse = -inf, and exp2(inf) must not survive.
-        p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True), p, 0.0)
-        dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, DB)
-        ds = p * (scores(v0, v1, g0, g1, DB) - delta[None, :])
-        dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, DB)
+        visible = visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True)
+        dk0, dk1, dv0, dv1 = key_step(q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB)
 
     if BeforeK is not None:
         dk0, dk1 = add_tile(dk0, dk1, BeforeK + base, at * H * D, col_ok, D, DA, DB)
@@ -140,6 +135,7 @@ def _sparse_backward_queries_kernel(
         v0, v1 = load_tile(v_base, there * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
         p = tl.math.exp2(scores(q0, q1, k0, k1, DB) * scale_log2 - lse[:, None])
         if mask >= 0:
+            # After the exponential, as in key_step.
             p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, False), p, 0.0)
         ds = p * (scores(g0, g1, v0, v1, DB) - delta[:, None])
         dq0, dq1 = accumulate(ds, k0, k1, dq0, dq1, DB)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from igpt_kernels import blocks, tuning
 from igpt_kernels._triton.common import LOG2E, empty_heads, load_part, on_device
-from igpt_kernels._triton.decode import _decode_merge_kernel, finish, processors
+from igpt_kernels._triton.decode import _decode_merge_kernel, decode_step, finish, processors
 from igpt_kernels._triton.sparse_forward import Group, head_numbers, tile_tokens
 
 MAX_SPLITS = 16
@@ -72,14 +72,7 @@ def _sparse_decode_kernel(
         there = token.to(tl.int64)
         k = load_part(k_base, there * stride_kt, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)
         v = load_part(v_base, there * stride_vt, seen, stride_vd, D, 0, WIDTH, True).to(tl.float32)
-        s = tl.where(seen, tl.sum(k * q[None, :], 1), float("-inf"))
-        m_new = tl.maximum(m, s)
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(s - finite)
-        shrink = tl.math.exp2(m - finite)
-        l = l * shrink + p  # noqa: E741
-        acc = acc * shrink[:, None] + p[:, None] * v
-        m = m_new
+        m, l, acc = decode_step(q, k, v, seen, m, l, acc)  # noqa: E741
     out, lse = finish(m, l, acc)
     row = (batch * H + h) * slots + slot + split
     tl.store(Out + row * D + dims, out, mask=dims < D)
