@@ -35,7 +35,8 @@ def collect() -> dict[str, Any]:
     for op in backends.CAPABILITIES:
         for kind in kinds:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                table = backends.explain(op, dtype=dtype, device=kind, head_dim=64)
+                size = {name: 64 if name == "head_dim" else 512 for name in (backends.SIZES.get(op, "head_dim"),)}
+                table = backends.explain(op, dtype=dtype, device=kind, **size)
                 words = [f"{name} ({'; '.join(reasons)})" if reasons else name for name, reasons in table]
                 chosen.setdefault(op, {})[f"{kind} {str(dtype).removeprefix('torch.')}"] = words
     return {
@@ -63,4 +64,4 @@ def run_info(options: InfoOptions) -> None:
     print(f"extension     {'loaded: ' + extension['path'] if extension['loaded'] else 'not loaded: ' + extension['reason']}")
     for op, rows in facts["backends, best first"].items():
         for case, words in rows.items():
-            print(f"{op:18s}{case:15s}{' > '.join(words)}")
+            print(f"{op:24s}{case:15s}{' > '.join(words)}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from igpt_kernels import layouts
     from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
     from igpt_kernels.backends import explain
+    from igpt_kernels.fused import quick_gelu, rms_norm
     from igpt_kernels.palette import PaletteTable, palette_lookup
 
 _ROOMS = {
@@ -22,6 +23,8 @@ _ROOMS = {
     "flash_attention": "attention",
     "layouts": "layouts",
     "palette_lookup": "palette",
+    "quick_gelu": "fused",
+    "rms_norm": "fused",
 }
 
 __all__ = [
@@ -32,6 +35,8 @@ __all__ = [
     "flash_attention",
     "layouts",
     "palette_lookup",
+    "quick_gelu",
+    "rms_norm",
 ]
 
 

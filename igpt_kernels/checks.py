@@ -65,6 +65,43 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def check_eps(eps: float) -> float:
+    """What is added to a mean of squares. Raises ValueError unless it is a finite number, not negative."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps must be a finite number from 0 on, got {eps!r}")
+    return float(eps)
+
+
+def check_rows(x: object) -> Tensor:
+    """Check x [..., C]: floating point, at least one dimension, C at least 1.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: no dimension, or rows without values.
+    """
+    x = check_tensor("x", x, dtypes=FLOAT_DTYPES)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must be [..., C] with C at least 1, got shape {tuple(x.shape)}")
+    return x
+
+
+def check_beside(name: str, value: object, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Check a tensor that goes with `x`: of `shape`, on its device; its dtype may differ, but float64 goes with float64 only.
+
+    Raises:
+        TypeError: not a tensor, not floating point, or float64 beside another dtype.
+        ValueError: another shape or device.
+    """
+    other = check_tensor(name, value, dtypes=FLOAT_DTYPES)
+    if (other.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{name} must be float64 exactly where x is; got {other.dtype} with x of {x.dtype}")
+    if tuple(other.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(other.shape)}")
+    if other.device != x.device:
+        raise ValueError(f"{name} must be on the device of x ({x.device}), got {other.device}")
+    return other
+
+
 def check_length(length: object, *, batch: int, longest: int, what: str = "the cache's") -> int | Tensor:
     """Keys visible in a cache: an int, or an integer tensor [B] on any device; each from 0 to `longest`, which is `what`.
 

@@ -111,3 +111,42 @@ def decode_attention_reference(
         for b, n in enumerate(lengths)
     ]
     return torch.cat(rows) if rows else q * 0
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The oracle of the norm: ``s·rsqrt(mean(s²) + eps)·weight`` of each row of s = x (+ residual), eager.
+
+    Half dtypes are computed in float32, and the normed row is rounded to the dtype of s before the weight multiplies it, as
+    Image GPT's own code does.
+
+    Args:
+        x: [..., C].
+        weight: [C].
+        eps: added to the mean of the squares.
+        residual: [..., C], added first.
+
+    Returns:
+        [..., C] in the dtype that s and the weight promote to; with a residual, that and s.
+
+    Cost: keeps about three tensors of the size of x for the backward pass; half dtypes keep float32 copies.
+    """
+    s = x if residual is None else x + residual
+    wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+    out = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(s.dtype) * weight
+    return out if residual is None else (out, s)
+
+
+def quick_gelu_reference(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """The oracle of the activation: ``z·sigmoid(1.702·z)`` with z = x (+ bias), eager, in the dtype of x.
+
+    Args:
+        x: [..., C].
+        bias: [C].
+
+    Returns:
+        [..., C], dtype of x.
+    """
+    z = x if bias is None else x + bias.to(x.dtype)
+    return z * torch.sigmoid(1.702 * z)
