@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from igpt_kernels import layouts
     from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
     from igpt_kernels.backends import explain
-    from igpt_kernels.fused import quick_gelu, rms_norm
+    from igpt_kernels.fused import linear_cross_entropy, quick_gelu, rms_norm
     from igpt_kernels.palette import PaletteTable, palette_lookup
 
 _ROOMS = {
@@ -22,6 +22,7 @@ _ROOMS = {
     "explain": "backends",
     "flash_attention": "attention",
     "layouts": "layouts",
+    "linear_cross_entropy": "fused",
     "palette_lookup": "palette",
     "quick_gelu": "fused",
     "rms_norm": "fused",
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "flash_attention",
     "layouts",
+    "linear_cross_entropy",
     "palette_lookup",
     "quick_gelu",
     "rms_norm",

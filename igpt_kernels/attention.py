@@ -13,17 +13,8 @@ from torch import Tensor
 from igpt_kernels import _ops_attention, _ops_sparse, backends, reference
 from igpt_kernels._torch import attention as torch_attention
 from igpt_kernels._torch import sparse as torch_sparse
-from igpt_kernels.checks import check_attention, check_layout, check_length, check_scale
+from igpt_kernels.checks import autocast, check_attention, check_layout, check_length, check_scale
 from igpt_kernels.layouts import SparseLayout, registered
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Under torch.autocast, floating-point tensors in its dtype, as scaled_dot_product_attention takes them."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _reference_fits(backend: str, q: Tensor, keys: int) -> None:
@@ -73,7 +64,7 @@ def flash_attention(
     Cost: 4·B·H·Tq·Tk·D floating point operations (half of it when causal), 2.5 times that backward (Triton recomputes:
     3.5 times); memory linear in T with fused backends. Triton: Dao, "FlashAttention-2", 2023.
     """
-    q, k, v = check_attention(*_autocast(q, k, v))
+    q, k, v = check_attention(*autocast(q, k, v))
     scale = check_scale(scale, q.shape[3])
     table = backends.explain("flash_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
     chosen = backends.choose(backend, table, "flash_attention")
@@ -132,7 +123,7 @@ def block_sparse_attention(
     recomputes: 3.5 times); memory linear in T. Patterns: Child et al., "Generating Long Sequences with Sparse
     Transformers", 2019.
     """
-    q, k, v = check_attention(*_autocast(q, k, v))
+    q, k, v = check_attention(*autocast(q, k, v))
     scale = check_scale(scale, q.shape[3])
     key = check_layout(layout, heads=q.shape[1], tokens=q.shape[2])
     if k.shape[2] != q.shape[2]:
@@ -182,7 +173,7 @@ def decode_attention(
 
     Cost: reads 2·B·H·n·D values, n the keys seen (`length` without a layout); bound by memory.
     """
-    q, k_cache, v_cache = check_attention(*_autocast(q, k_cache, v_cache))
+    q, k_cache, v_cache = check_attention(*autocast(q, k_cache, v_cache))
     if q.shape[2] != 1:
         raise ValueError(f"q must be [B,H,1,D], got {tuple(q.shape)}; use flash_attention for several queries")
     length = check_length(length, batch=q.shape[0], longest=k_cache.shape[2])

@@ -30,6 +30,15 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: t
     return value
 
 
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under torch.autocast, floating-point tensors in its dtype, as torch's own products take them."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
 def check_attention(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
     """Check q [B,H,Tq,D], k and v [B,H,Tk,D] of one dtype and device.
 
@@ -100,6 +109,47 @@ def check_beside(name: str, value: object, x: Tensor, shape: Sequence[int]) -> T
     if other.device != x.device:
         raise ValueError(f"{name} must be on the device of x ({x.device}), got {other.device}")
     return other
+
+
+def check_loss(
+    hidden: object, weight: object, target: object, ignore_index: object, reduction: object, z_loss: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments of a linear layer's cross-entropy: hidden [..., C], weight [V,C], target int64 [...].
+
+    Targets are read on the CPU only, because reading them from a GPU would stall the stream.
+
+    Raises:
+        TypeError: not tensors, wrong or mixed dtypes, or an `ignore_index` that is no int.
+        ValueError: shapes or devices that do not fit together, or a value out of range.
+    """
+    hidden = check_tensor("hidden", hidden, dtypes=FLOAT_DTYPES)
+    weight = check_tensor("weight", weight, ndim=2, dtypes=FLOAT_DTYPES)
+    target = check_tensor("target", target, dtypes=(torch.int64,))
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden must be [..., C] with C at least 1, got shape {tuple(hidden.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have the dtype of hidden ({hidden.dtype}), got {weight.dtype}")
+    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(f"weight must be [V,C] with hidden's C = {hidden.shape[-1]}, got shape {tuple(weight.shape)}")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target must have the shape {tuple(hidden.shape[:-1])} of hidden's rows, got {tuple(target.shape)}")
+    for name, value in (("weight", weight), ("target", target)):
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden ({hidden.device}), got {value.device}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
+    # Comparisons, not math.isfinite, which torch.compile cannot trace where it takes the number for a variable.
+    if isinstance(z_loss, bool) or not isinstance(z_loss, (int, float)) or not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number from 0 on, got {z_loss!r}")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignore_index)]
+        if wrong.numel():
+            raise ValueError(
+                f"target must be from 0 to {weight.shape[0] - 1} or ignore_index {ignore_index}, got {int(wrong[0])}"
+            )
+    return hidden, weight, target
 
 
 def check_length(length: object, *, batch: int, longest: int, what: str = "the cache's") -> int | Tensor:

@@ -148,5 +148,42 @@ def quick_gelu_reference(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., C], dtype of x.
     """
-    z = x if bias is None else x + bias.to(x.dtype)
+    z = x if bias is None else (x + bias).to(x.dtype)
     return z * torch.sigmoid(1.702 * z)
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The oracle of the loss: ``lse(logits) - logits[target] + z_loss·lse(logits)²`` with logits = hidden·weightᵀ, eager.
+
+    Args:
+        hidden: [..., C].
+        weight: [V,C].
+        target: int64 [...], each a class or `ignore_index`.
+        ignore_index: target of rows that do not count.
+        reduction: ``"mean"`` over the rows that count (NaN where none does), ``"sum"``, or ``"none"``.
+        z_loss: factor of the squared log-sum-exp.
+
+    Returns:
+        A scalar, or [...] with 0 in rows that do not count; float32, float64 for float64.
+
+    Cost: keeps three tensors [..., V] for the backward pass.
+    """
+    logits = hidden @ weight.t()
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    counts = target != ignore_index
+    # Before anything is computed of them, so that rows that do not count pass no NaN on.
+    wide = wide.masked_fill(~counts[..., None], 0.0)
+    lse = torch.logsumexp(wide, -1)
+    picked = wide.gather(-1, target.masked_fill(~counts, 0)[..., None])[..., 0]
+    loss = (lse - picked + z_loss * lse.square()).masked_fill(~counts, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()

@@ -1,0 +1,158 @@
+"""Cross-entropy of a linear layer by torch, some rows at a time, so that the logits of no more than those are in memory.
+
+Where one number is differentiated, the sum, the gradients are made in the forward pass, while the logits are at hand, and
+multiplied by the number's own gradient in the backward pass. That takes three products instead of four.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows_at_once(vocab: int, device: torch.device) -> int:
+    """Rows whose logits are in memory together: 2²⁰ logits on the CPU (4 MiB of float32), 2²³ on a GPU (16 MiB of bfloat16).
+
+    So few that they stay in a cache (50 MB of L2 in an H100), and so many that products and launches are worth it: 16,384
+    rows of 512 classes are two waves of 128 x 256 tiles on 132 multiprocessors.
+    """
+    return max(64, (1 << (20 if device.type == "cpu" else 23)) // vocab)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of `dtype` are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in `wide_dtype`, without rounding to half dtypes on the way.
+
+    Products write into a tensor, here and below, because those that make one are autocast, whatever calls them.
+    """
+    if a.dtype in (torch.float16, torch.bfloat16) and a.is_cuda:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [R,V] of some rows in `wide_dtype`, which the caller may overwrite."""
+    out = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    return torch.mm(hidden, weight.t(), out=out).to(wide_dtype(hidden.dtype))
+
+
+def _exponentials(logits: Tensor, target: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp of each row, and the sum of what is left in `logits`: exponentials, the largest of a row 1."""
+    vocab = logits.shape[1]
+    missing = (target < 0) | (target >= vocab)
+    picked = logits.gather(1, target.masked_fill(missing, 0)[:, None])[:, 0]
+    largest = logits.amax(1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(1)
+    ignored = target == ignore_index
+    lse = (largest[:, 0] + sums.log()).masked_fill_(missing & ~ignored, torch.nan)
+    loss = (lse - picked + z_loss * lse.square()).masked_fill_(ignored, 0.0)
+    return loss, lse, sums
+
+
+def _subtract_target(p: Tensor, grad: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """``p - grad·onehot(target)`` in place; rows that do not count are 0, whatever was in them."""
+    ignored = target == ignore_index
+    missing = (target < 0) | (target >= p.shape[1])
+    if p.is_cuda or bool(ignored.any()):  # a GPU would have to be waited for
+        p.masked_fill_(ignored[:, None], 0.0)
+    return p.scatter_add_(1, target.masked_fill(missing, 0)[:, None], -grad.masked_fill(ignored | missing, 0.0)[:, None])
+
+
+class _Gradients:
+    """dhidden and dweight as they come, some rows at a time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.need_hidden, self.need_weight = need_hidden, need_weight
+        width = hidden.shape[1]
+        self.dhidden = hidden.new_empty(hidden.shape[0] if need_hidden else 0, width)
+        self.dweight = weight.new_zeros(weight.shape[0] if need_weight else 0, width, dtype=wide_dtype(weight.dtype))
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        """Take in the gradient of the logits of `rows`, in `wide_dtype`."""
+        some = self.hidden[rows]
+        if self.need_weight:
+            add_product(self.dweight, dlogits.t(), some)
+        if self.need_hidden:
+            torch.mm(dlogits.to(some.dtype), self.weight, out=self.dhidden[rows])
+
+
+def _parts(rows: int, vocab: int, device: torch.device) -> list[slice]:
+    step = rows_at_once(vocab, device)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def cross_entropy_rows(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The operator ``igpt_kernels::cross_entropy_rows``: loss and log-sum-exp of each row, [M]."""
+    loss, lse = (hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype)) for _ in range(2))
+    for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
+        logits = _logits(hidden[part], weight)
+        loss[part], lse[part], _ = _exponentials(logits, target[part], ignore_index, z_loss)
+    return loss, lse
+
+
+def cross_entropy_rows_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator ``igpt_kernels::cross_entropy_rows_backward``: the logits once more, and what follows from them."""
+    gradients = _Gradients(hidden, weight, need_hidden, need_weight)
+    for part in _parts(lse.shape[0], weight.shape[0], hidden.device):
+        p = _logits(hidden[part], weight).sub_(lse[part, None]).exp_()
+        p.mul_((grad[part] * (1.0 + 2.0 * z_loss * lse[part]))[:, None])
+        gradients.add(part, _subtract_target(p, grad[part], target[part], ignore_index))
+    return gradients.dhidden, gradients.dweight.to(weight.dtype)
+
+
+def cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``igpt_kernels::cross_entropy_sum``: the sum of all rows' losses, and its gradients.
+
+    dweight is in `wide_dtype`: what will multiply both is not known yet, and float16 would not hold every sum.
+    """
+    gradients = _Gradients(hidden, weight, need_hidden, need_weight)
+    loss = hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype))
+    for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
+        p = _logits(hidden[part], weight)
+        loss[part], lse, sums = _exponentials(p, target[part], ignore_index, z_loss)
+        p.mul_(((1.0 + 2.0 * z_loss * lse) / sums)[:, None])
+        gradients.add(part, _subtract_target(p, torch.ones_like(sums), target[part], ignore_index))
+    return loss.sum(), gradients.dhidden, gradients.dweight
+
+
+def cross_entropy_sum_backward(grad: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator ``igpt_kernels::cross_entropy_sum_backward``: both gradients of the sum times that of the sum, a number.
+
+    What is 0 stays 0, as the mean over no row at all has the gradient inf.
+    """
+    outs = (torch.empty_like(dhidden), torch.empty_like(dweight, dtype=dhidden.dtype))
+    for x, out in zip((dhidden, dweight), outs, strict=True):
+        for part in _parts(x.shape[0], x.shape[1], x.device):
+            some = x[part].to(grad.dtype)
+            scaled = torch.mul(some, grad, out=out[part]) if out.dtype == grad.dtype else some * grad
+            if grad.is_cuda or not bool(torch.isfinite(grad)):
+                scaled.masked_fill_(some == 0, 0.0)
+            if scaled.dtype != out.dtype:
+                out[part] = scaled
+    return outs
