@@ -2,16 +2,17 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.7.1
+TRANSFORMERS ?= 5.24.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu tune check audit mutants format bench golden wheel clean
+.PHONY: help env demo test test-hf gpu tune check audit mutants format bench golden wheel clean
 
 help: ## This list.
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## Virtual environment with pinned versions, and the compiled extension.
 
@@ -28,6 +29,13 @@ demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/
 # One thread to a worker: two workers of two threads on two cores wait for each other's OpenMP teams, 5 times longer.
 test: env ## All tests.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} tests
+	@$(MAKE) --no-print-directory test-hf
+
+# The environment has one release of transformers; models of the newest are swapped too.
+test-hf: env ## Tests of swapped Hugging Face models with another release (TRANSFORMERS=5.24.0).
+	@test -d $(VENV)/transformers-$(TRANSFORMERS) || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --target $(VENV)/transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
+	@PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/igpt/test_hf.py
 
 gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU, time attention. Installs nothing.
 	@$(PYTHON) setup.py -q build_ext --inplace

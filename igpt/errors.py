@@ -26,6 +26,10 @@ class CheckpointError(IgptError):
     """A checkpoint or pretrained folder that is missing, incomplete, damaged or of another shape."""
 
 
+class KernelRefused(IgptError):
+    """A call that a kernel was strictly asked for, and cannot serve."""
+
+
 class NonFiniteError(IgptError):
     """A loss, gradient or weight became NaN or infinite."""
 

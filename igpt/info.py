@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -13,6 +14,12 @@ import torch
 from igpt.config import InfoOptions
 from igpt_kernels import _ext, backends
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIZES = {
+    "head_dim": (16, 64, 96, 128, 192, 256, 320),
+    "width": (32, 512, 1536, 6144, 8192, 16384),
+    "vocab": (2, 512, 8192, 16384),
+}
 _PACKAGES = ("igpt-kernels", "torch", "triton", "numpy", "pillow", "safetensors", "scikit-learn", "matplotlib", "transformers")
 
 
@@ -30,23 +37,39 @@ def collect() -> dict[str, Any]:
         capability = f"sm_{properties.major}{properties.minor}"
         devices.append(f"cuda:{index}: {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
     status = _ext.status()
-    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    chosen: dict[str, dict[str, list[str]]] = {}
-    for op in backends.CAPABILITIES:
-        for kind in kinds:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                size = {name: 64 if name == "head_dim" else 512 for name in (backends.SIZES.get(op, "head_dim"),)}
-                table = backends.explain(op, dtype=dtype, device=kind, **size)
-                words = [f"{name} ({'; '.join(reasons)})" if reasons else name for name, reasons in table]
-                chosen.setdefault(op, {})[f"{kind} {str(dtype).removeprefix('torch.')}"] = words
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
         "devices": devices,
         "extension": {"loaded": status.loaded, "path": str(status.path or ""), "reason": status.reason},
-        "backends, best first": chosen,
+        "kernels": kernels(),
     }
+
+
+def kernels() -> list[dict[str, str]]:
+    """What ``backend="auto"`` takes, by operation, device and size, and why not the first choice; dtypes alike share a row."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for op, kind, dtype in itertools.product(backends.CAPABILITIES, ("cpu", "cuda"), _DTYPES):
+        name = backends.SIZES.get(op, "head_dim")
+        cases: dict[str, list[int]] = {}
+        reasons: dict[str, str] = {}
+        for size in _SIZES[name]:
+            table = backends.explain(op, dtype=dtype, device=kind, **{name: size})  # type: ignore[arg-type]
+            chosen = backends.choose("auto", table, op)
+            before = table[: [backend for backend, _ in table].index(chosen)]
+            cases.setdefault(chosen, []).append(size)
+            reasons.setdefault(chosen, "; ".join(f"{backend}: {', '.join(why)}" for backend, why in before))
+        for chosen, sizes in cases.items():
+            why = reasons[chosen]
+            span = f"{name} {sizes[0]}" + (f"..{sizes[-1]}" if len(sizes) > 1 else "")
+            rows.setdefault((op, kind, span, f"{chosen} ({why})" if why else chosen), []).append(
+                str(dtype).removeprefix("torch.")
+            )
+    return [
+        {"op": op, "device": kind, "dtypes": ", ".join(dtypes), "sizes": span, "auto": text}
+        for (op, kind, span, text), dtypes in rows.items()
+    ]
 
 
 def run_info(options: InfoOptions) -> None:
@@ -62,6 +85,9 @@ def run_info(options: InfoOptions) -> None:
         print(f"device        {device}")
     extension = facts["extension"]
     print(f"extension     {'loaded: ' + extension['path'] if extension['loaded'] else 'not loaded: ' + extension['reason']}")
-    for op, rows in facts["backends, best first"].items():
-        for case, words in rows.items():
-            print(f"{op:24s}{case:15s}{' > '.join(words)}")
+    rows = [("operation", "device", "sizes", "dtypes", "auto takes (why not a faster one)")]
+    rows += [(row["op"], row["device"], row["sizes"], row["dtypes"], row["auto"]) for row in facts["kernels"]]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    print()
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))

@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt import swap
+from igpt import switch
 from igpt.config import ImageGPTConfig
 from igpt.errors import ConfigError
 from igpt_kernels import layouts
 from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
+from igpt_kernels.fused import linear_cross_entropy, rms_norm
+from igpt_kernels.fused import quick_gelu as fused_quick_gelu
 
 if TYPE_CHECKING:
     from igpt.palette import Palette
@@ -31,13 +33,30 @@ if TYPE_CHECKING:
 class RMSNorm(nn.Module):
     """``x · rsqrt(mean(x²) + 1e-5) · weight`` over the last dimension; half dtypes are computed in float32."""
 
+    kernel_op = "norm"
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        switch.prepare(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
+        backend = switch.active(self, "norm")
+        return plain_norm(x, self.weight) if backend is None else rms_norm(x, self.weight, backend=backend)  # type: ignore[return-value]
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and the sum itself."""
+        backend = switch.active(self, "norm")
+        if backend is None:
+            total = x + residual
+            return plain_norm(total, self.weight), total
+        return rms_norm(x, self.weight, residual=residual, backend=backend)  # type: ignore[return-value]
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """`RMSNorm` as it is written."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -77,6 +96,8 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values; dense, or with a sparse pattern."""
 
+    kernel_op = "attention"
+
     def __init__(self, config: ImageGPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -86,7 +107,7 @@ class Attention(nn.Module):
         self.layout = None if layout.is_dense else layout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.kernels: swap.Settings | None = None
+        switch.prepare(self)
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         batch, tokens, width = x.shape
@@ -97,7 +118,7 @@ class Attention(nn.Module):
             keys, values = cache.keys[layer], cache.values[layer]
             keys[:, :, start:end], values[:, :, start:end] = k, v
             k, v = keys[:, :, :end], values[:, :, :end]
-        backend = swap.active(self, "attention")
+        backend = switch.active(self, "attention")
         if backend is None:
             y = plain_attention(q, k, v, self.causal, self.layout)
         elif cache is not None and tokens == 1:
@@ -114,13 +135,14 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         pattern = "dense" if self.layout is None else self.layout
-        return (
-            f"n_head={self.n_head}, causal={self.causal}, pattern={pattern}, kernel={swap.active(self, 'attention') or 'plain'}"
-        )
+        kernel = switch.settings_of(self)["attention"] or "plain"
+        return f"n_head={self.n_head}, causal={self.causal}, pattern={pattern}, kernel={kernel}"
 
 
 class Block(nn.Module):
     """Pre-norm block: ``h += Attention(norm(h)); h += MLP(norm(h))``."""
+
+    kernel_op = "mlp"
 
     def __init__(self, config: ImageGPTConfig, layer: int) -> None:
         super().__init__()
@@ -129,10 +151,14 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd)
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        switch.prepare(self)
 
     def forward(self, h: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        h = h + self.attn(self.ln_1(h), cache, layer)
-        return h + self.proj(quick_gelu(self.fc(self.ln_2(h))))
+        x, h = self.ln_2.add(self.attn(self.ln_1(h), cache, layer), h)
+        x = self.fc(x)
+        backend = switch.active(self, "mlp")
+        x = quick_gelu(x) if backend is None else fused_quick_gelu(x, backend=backend)
+        return h + self.proj(x)
 
 
 @dataclass
@@ -151,6 +177,8 @@ class ImageGPT(nn.Module):
             start vector).
     """
 
+    kernel_op = "loss"
+
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -161,6 +189,7 @@ class ImageGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        switch.prepare(self)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -223,17 +252,31 @@ class ImageGPT(nn.Module):
         h = self._embed(tokens, mask)
         for block in self.blocks:
             h = block(h)
-        logits = self.head(self.ln_f(h))
+        h = self.ln_f(h)
         if targets is None:
-            return ImageGPTOutput(logits=logits)
+            return ImageGPTOutput(logits=self.head(h))
         if mask is None:
-            return ImageGPTOutput(loss=F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            return ImageGPTOutput(loss=self._nats(h, targets, "mean"))
+        nats = self._nats(h, targets, "none")
         counted = mask & (targets != -100)
         hidden = counted.sum(1)
         per_image = (nats * counted).sum(1) / hidden.clamp(min=1)
         # An image in which nothing was hidden has no loss, instead of the 0/0 of the released code.
         return ImageGPTOutput(loss=per_image.sum() / (hidden > 0).sum().clamp(min=1))
+
+    def _nats(self, h: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy of the output matrix's logits: h [B,T,C], targets [B,T] -> a scalar ("mean") or [B,T] ("none")."""
+        settings = switch.settings_of(self)
+        if settings["loss"] is not None:
+            # The kernel reads the matrix itself, so whatever was put around the layer would be left out (LoRA, FSDP2, hooks).
+            bare = type(self.head) is nn.Linear and not self.head._forward_hooks and not self.head._forward_pre_hooks
+            if bare:
+                switch.count(settings, "loss")
+                weight = self.head.weight
+                return linear_cross_entropy(h, weight, targets, reduction=reduction, backend=str(settings["loss"]))
+            switch.refuse(settings, "loss", f"the output layer is wrapped ({type(self.head).__name__}, or hooks on it)")
+        nats = F.cross_entropy(self.head(h).flatten(0, 1), targets.flatten(), reduction=reduction)
+        return nats if reduction == "mean" else nats.view_as(targets)
 
     def features(self, tokens: Tensor, layer: int | None = None, *, normed: bool = True, mask: Tensor | None = None) -> Tensor:
         """What a linear probe classifies: the mean over positions of the input of block `layer`'s attention.

@@ -1,63 +1,28 @@
-"""Which kernels an igpt model runs: `use_kernels`, its report, and the table that models read at call time.
-
-A model asks `active(module, op)` in its forward: the answer is None (plain PyTorch) or a backend name for the kernel
-library. Nothing is patched: the settings are plain attributes and a module-level table, which torch.compile guards, so a
-compiled model follows a swap (measured on torch 2.11 and 2.13; patched methods and classes do not).
-"""
+"""`use_kernels`: run a model by fast kernels instead of plain PyTorch, ours or Hugging Face's ImageGPT, and back again."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from torch import nn
 
+from igpt import hf, switch
 from igpt.errors import ConfigError
-from igpt_kernels import backends
-
-OPS = ("attention", "norm", "mlp", "loss", "palette")
-# What a caller may ask for, by operation. Operations without an entry have no kernel yet and stay plain PyTorch.
-BACKENDS: Mapping[str, tuple[str, ...]] = {"attention": ("triton", "torch", "reference")}
+from igpt_kernels import _ext, backends
 
 Request = str | bool
 
-
-# What runs, by operation: a backend name, or None for plain PyTorch. A plain dictionary, never changed once made:
-# torch 2.11 cannot guard an object of a class of ours that it finds in a table or a thread's storage.
-Settings = dict[str, str | None]
-
-
-class _Table(threading.local):
-    """The settings of this thread's innermost region; None outside any region."""
-
-    def __init__(self) -> None:
-        # On the instance from the start: torch 2.11 does not notice one that comes to hide a default of the class.
-        self.region: Settings | None = None
-
-
-_process: dict[str, Settings] = {"settings": {"attention": None}}
-_thread = _Table()
-_calls: Counter[str] = Counter()
-
-
-def active(module: nn.Module, op: str) -> str | None:
-    """The backend that `module` runs `op` with, or None for plain PyTorch.
-
-    A setting of the model's own wins over this thread's region, and that over the process default.
-    """
-    settings: Settings | None = getattr(module, "kernels", None)
-    if settings is None:
-        settings = _thread.region
-    if settings is None:
-        settings = _process["settings"]
-    backend = settings[op]
-    if backend is not None and not torch.compiler.is_compiling():
-        _calls[op] += 1
-    return backend
+BACKENDS = ("triton", "torch", "reference")
+"""What a caller may ask for by name."""
+_OPERATION = {"attention": "flash_attention", "norm": "rms_norm", "mlp": "quick_gelu", "loss": "linear_cross_entropy"}
+_tokens = itertools.count(1)
+_lock = threading.RLock()  # around what is set on modules of transformers: two threads may come and go at once
 
 
 @dataclass(frozen=True)
@@ -66,114 +31,164 @@ class Row:
 
     op: str
     modules: int | None
+    """How many modules ask for it; None: all there are and will be."""
     requested: str
     active: str
+    """What runs: a backend, or "plain"."""
     reason: str
+    """Why that is not what was requested, or not the fastest there is."""
 
 
 @dataclass
 class KernelReport:
-    """What `use_kernels` did. Print it; `restore()` undoes it; as a context manager it undoes itself.
+    """What `use_kernels` did. Print it; `restore()` undoes it; as a context manager it is undone on leaving.
 
     Attributes:
         rows: one for each operation.
         model: the model it was called with, or None for the process default.
+        freed_bytes: memory of Hugging Face's causal masks that is free while the swap stands.
     """
 
     rows: tuple[Row, ...]
     model: nn.Module | None
-    _settings: Settings
-    _before: list[tuple[nn.Module, Settings | None]] | Settings
-    _calls_before: Counter[str] = field(default_factory=lambda: Counter(_calls))
-    _region_before: list[Settings | None] = field(default_factory=list)
-    _restored: bool = False
+    freed_bytes: int
+    _settings: switch.Settings
+    _target: switch.Target
+    _installed: Mapping[nn.Module, str]
+    _compiled_before: Mapping[str, int]
+    _state: str = "stands"
+    _outside: Sequence[switch.Settings | None] = field(default_factory=tuple)
 
     def calls(self, op: str) -> int:
-        """Calls of `op` through a kernel, in this process, since the swap (compiled graphs are not counted)."""
-        return _calls[op] - self._calls_before[op]
+        """Calls of `op` that a kernel served since the swap (those inside compiled graphs are not seen)."""
+        return switch.calls(self._settings, op)
+
+    def compiled(self, op: str) -> int:
+        """Places where a kernel of `op` went into a graph of torch.compile, in this process since the swap."""
+        return switch.compiled_in(op) - self._compiled_before[op]
+
+    def refused(self, op: str) -> Mapping[str, int]:
+        """Calls of `op` that went the plain way since the swap, by reason."""
+        return switch.refusals(self._settings, op)
 
     def restore(self) -> None:
-        """Put back what ran before the swap. A second call does nothing."""
-        if self._restored:
-            return
-        self._restored = True
-        if isinstance(self._before, dict):
-            _process["settings"] = self._before
-        else:
-            for module, settings in self._before:
-                module.kernels = settings  # type: ignore[assignment]
+        """Put back what ran before the swap. Swaps may be restored in any order; a second call does nothing."""
+        if self._state == "region":
+            self._target.leave(list(self._outside))
+        elif self._state == "stands":
+            self._target.take(self._settings)
+        if self._state != "restored":
+            self._state = "restored"
+            with _lock:
+                for module, op in self._installed.items():
+                    hf.uninstall(module, op)
 
     def __enter__(self) -> KernelReport:
-        # A region belongs to its thread: the process default goes back at once, and only this thread keeps the setting.
-        if isinstance(self._before, dict):
-            self.restore()
-            self._region_before.append(_thread.region)
-            _thread.region = self._settings
+        if self._state != "stands":
+            raise ConfigError(f"this swap is no longer to be entered ({self._state}); call use_kernels again")
+        # A region belongs to its thread: what all threads see goes back at once, and only this one keeps the setting.
+        self._target.take(self._settings)
+        self._outside = self._target.enter(self._settings)
+        self._state = "region"
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._region_before:
-            _thread.region = self._region_before.pop()
-        else:
-            self.restore()
+        self.restore()
 
-    def as_dict(self) -> dict[str, object]:
-        """The report as plain data."""
+    def as_dict(self) -> dict[str, dict[str, object]]:
+        """The report as plain data, by operation."""
         return {
-            row.op: {f.name: getattr(row, f.name) for f in fields(row)} | {"calls": self.calls(row.op)} for row in self.rows
+            row.op: vars(row)
+            | {"calls": self.calls(row.op), "compiled": self.compiled(row.op), "refused": dict(self.refused(row.op))}
+            for row in self.rows
         }
 
     def __str__(self) -> str:
-        head = ("op", "modules", "requested", "active", "calls", "reason")
-        lines = [head]
+        lines = [("op", "modules", "requested", "active", "calls", "reason")]
         for row in self.rows:
+            served = str(self.calls(row.op)) + (f" +{self.compiled(row.op)} compiled" if self.compiled(row.op) else "")
+            reasons = [row.reason] if row.reason else []
+            reasons += [f"{number} calls plain: {reason}" for reason, number in self.refused(row.op).items()]
             modules = "all" if row.modules is None else str(row.modules)
-            lines.append((row.op, modules, row.requested, row.active, str(self.calls(row.op)), row.reason))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+            lines.append((row.op, modules, row.requested, row.active, served, "; ".join(reasons)))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
 
 
-def _facts(model: nn.Module | None) -> tuple[torch.device, torch.dtype, int]:
-    """Device, dtype and head dim that a model's attention will see; without a model, this machine's best device."""
+@dataclass(frozen=True)
+class _Facts:
+    """What decides which kernels can run: of a model's weights, or without a model of this machine's best device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Mapping[str, int]
+    """The size that each operation's backends may be limited in."""
+
+    def explain(self, op: str) -> list[tuple[str, list[str]]]:
+        """The backends of an operation, best first, with what speaks against each."""
+        operation = _OPERATION[op]
+        sizes = {backends.SIZES.get(operation, "head_dim"): self.sizes[op]}
+        return backends.explain(operation, dtype=self.dtype, device=self.device, **sizes)  # type: ignore[arg-type]
+
+
+def _facts(model: nn.Module | None, modules: Mapping[nn.Module, str]) -> _Facts:
+    sizes = {"attention": 64, "norm": 512, "mlp": 2048, "loss": 512}
     if model is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, 64
-    weight = next(model.parameters())
-    head_dim = next(getattr(module, "head_dim") for module in model.modules() if hasattr(module, "kernels"))  # noqa: B009
-    return weight.device, weight.dtype, head_dim
+        return _Facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, sizes)
+    for module, op in modules.items():
+        if op == "attention":
+            sizes["attention"] = module.head_dim  # type: ignore[assignment]
+        elif op == "norm":
+            sizes["norm"] = module.weight.numel()  # type: ignore[operator,union-attr,assignment]
+        elif op == "loss":
+            sizes["loss"] = module.config.vocab_size  # type: ignore[union-attr,assignment]
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return _Facts(weight.device, weight.dtype, sizes)
 
 
-def _explain(model: nn.Module | None) -> list[tuple[str, list[str]]]:
-    device, dtype, head_dim = _facts(model)
-    return backends.explain("flash_attention", dtype=dtype, device=device, head_dim=head_dim)
-
-
-def _backend(op: str, request: Request, model: nn.Module | None) -> tuple[str | None, str]:
-    """The setting for a request, and why it is not the one asked for (empty when it is)."""
+def _choose(op: str, request: Request, facts: _Facts) -> tuple[str | None, str, str]:
+    """The setting for a request, what it comes to, and why that is not what was asked for or not the best."""
     if request is False or request == "off":
-        return None, "switched off"
-    known = BACKENDS.get(op, ())
-    name = "auto" if request is True else request
-    if name == "auto":
-        return ("auto", "") if known else (None, "no fused kernel in this version")
-    if name not in known:
-        return None, f"{op} has {', '.join(known) or 'no fused kernel'} in this version, not {name}"
-    reasons = dict(_explain(model))[name]
-    return (None, f"{name} cannot run: {', '.join(reasons)}") if reasons else (name, "")
-
-
-def _runs(backend: str | None, model: nn.Module | None) -> str:
-    """What a setting comes to, for the report: `auto` as the backend that it chooses."""
-    return backend or "plain" if backend != "auto" else backends.choose("auto", _explain(model), "attention")
+        return None, "plain", "switched off"
+    table = facts.explain(op)
+    if request is True or request == "auto":
+        chosen = backends.choose("auto", table, op)
+        return (
+            "auto",
+            chosen,
+            "; ".join(f"{name}: {', '.join(why)}" for name, why in table[: [n for n, _ in table].index(chosen)]),
+        )
+    if request not in BACKENDS:
+        return None, "plain", f"{op} has {', '.join(BACKENDS)}, not {request}"
+    reasons = dict(table)[str(request)]
+    return (None, "plain", f"{request} cannot run: {', '.join(reasons)}") if reasons else (str(request), str(request), "")
 
 
 def _palette_row(request: Request) -> Row:
-    from igpt_kernels import _ext
-
     status = _ext.status()
-    reason = "exact table, always on; C++ lookup" if status.loaded else f"exact table, always on; torch lookup: {status.reason}"
-    return Row("palette", None, str(request), "ext" if status.loaded else "torch", reason)
+    active = "ext" if status.loaded else "torch"
+    reason = "exact table, always on" + ("" if status.loaded else f"; {status.reason}")
+    if request not in ("auto", True, active):
+        reason = f"{reason}; a palette's backend is chosen where it is made, PaletteTable(colors, backend=...)"
+    return Row("palette", None, str(request), active, reason)
+
+
+def _port_reason(op: str, facts: _Facts, match_hf_scale: bool) -> str:
+    """What to know of an operation of Hugging Face's port, beside the reasons of `_choose`."""
+    if op == "loss":
+        return "logits are part of the port's output, so they are made in any case"
+    head_dim = facts.sizes["attention"]
+    if op != "attention" or not hf.truncates_scale(head_dim):
+        return ""
+    version = getattr(sys.modules.get("transformers"), "__version__", "of this version")
+    if match_hf_scale:
+        return f"scores divided by {int(head_dim**0.5)}, as transformers {version} does, not by sqrt({head_dim})"
+    return (
+        f"scores divided by sqrt({head_dim}) = {head_dim**0.5:.3f}, where transformers {version} divides by "
+        f"{int(head_dim**0.5)} (match_hf_scale=True keeps that)"
+    )
 
 
 def use_kernels(
@@ -185,57 +200,102 @@ def use_kernels(
     loss: Request = "auto",
     palette: Request = "auto",
     strict: bool = False,
+    match_hf_scale: bool = False,
 ) -> KernelReport:
     """Run a model's operations by fast kernels instead of plain PyTorch: how it is computed, never what.
 
-    ``use_kernels()`` sets the process default, for every igpt model built already or later. ``use_kernels(model)`` sets
-    one model, which then ignores the default. ``with use_kernels(...):`` does so for a region: without a model, for this
-    thread only; it is undone on exit, after exceptions too, and regions nest.
+    ``use_kernels()`` sets the process default, for every igpt model built already or later. ``use_kernels(model)`` sets one
+    model, which then ignores the default: an `igpt.ImageGPT`, or Hugging Face's ``ImageGPTModel``,
+    ``ImageGPTForCausalImageModeling`` or ``ImageGPTForImageClassification``, as it is or wrapped by torch.compile, DDP, FSDP2
+    or PEFT. ``with use_kernels(...):`` does so for a region of this thread only; it is undone on exit, after exceptions too,
+    and regions nest. Where several stand, what was said of the model wins over what was said of all, and of those the newest.
+
+    A call that a kernel cannot serve (Hugging Face's ``output_attentions``, padding, cross attention, dropout on the weights
+    while training) goes the original way; the report counts it with its reason, and a warning says it once.
 
     Args:
-        model: an `igpt.ImageGPT`, or None for the process default.
-        attention: ``"auto"``, a backend of `igpt_kernels.flash_attention` by name, or ``"off"`` / False.
-        norm: ``"auto"`` or ``"off"``; this version has no fused norm.
-        mlp: ``"auto"`` or ``"off"``; this version has no fused activation.
-        loss: ``"auto"`` or ``"off"``; this version has no fused loss.
+        model: the model, or None for the process default.
+        attention: ``"auto"``, a backend by name (``"triton"``, ``"torch"``, ``"reference"``), or ``"off"`` / False.
+        norm: the root-mean-square norms, likewise.
+        mlp: the activation of the MLP, likewise.
+        loss: output matrix and cross-entropy without the logits, likewise; of igpt models only.
         palette: ``"auto"``; the palette lookup is exact on every backend and always on.
-        strict: raise when an operation asked for by name does not run as asked.
+        strict: raise instead of going the plain way, now or in a later call, for operations not switched off.
+        match_hf_scale: divide scores as the installed transformers does. Release 5.17 truncates sqrt(D) to an integer, 11 for
+            11.31 and 9 for 9.80; by default that is corrected.
 
     Returns:
-        A report: print it, `restore()` it, or use it as a context manager. `state_dict` is untouched.
+        A report: print it, `restore()` it, or use it as a context manager. `state_dict` is untouched; a Hugging Face model
+        gives up its causal masks (n_positions² bytes a layer) while the swap stands. Enter and leave such swaps while no
+        other thread runs the model.
 
     Raises:
-        ConfigError: a value that is not a backend's name, or, when strict, a request that cannot be met (all reasons).
-        TypeError: `model` has no igpt attention in it.
+        ConfigError: a value that is not a backend's name, `match_hf_scale` without such a model, or, when strict, a request
+            that cannot be met (all reasons).
+        TypeError: `model` has no Image GPT in it.
     """
     requests: dict[str, Request] = {"attention": attention, "norm": norm, "mlp": mlp, "loss": loss, "palette": palette}
     for op, request in requests.items():
         if not isinstance(request, (str, bool)):
             raise ConfigError(f"{op} must be 'auto', 'off' or a backend's name, got {request!r}")
-    modules = None
+    ours: dict[nn.Module, str] = {}
+    theirs: dict[nn.Module, str] = {}
     if model is not None:
-        modules = [module for module in model.modules() if hasattr(module, "kernels")] if isinstance(model, nn.Module) else []
-        if not modules:
-            raise TypeError(f"model must be an igpt.ImageGPT (or hold one), got {type(model).__name__}")
-    chosen: dict[str, str | None] = {}
+        if isinstance(model, nn.Module):
+            ours = {module: getattr(module, "kernel_op") for module in model.modules() if hasattr(module, "kernel_op")}  # noqa: B009
+            theirs = hf.find(model)
+        if not ours and not theirs:
+            raise TypeError(f"model must be an Image GPT of igpt or transformers, or hold one; got {type(model).__name__}")
+    if match_hf_scale and not theirs:
+        raise ConfigError("match_hf_scale is for models of transformers; model has no such attention in it")
+    kept = {module: hf.against(module, op) for module, op in theirs.items()}
+    facts = _facts(model, ours | theirs)
+
+    settings = dict(switch.PLAIN, token=str(next(_tokens)), scale="ported" if match_hf_scale else None)
+    settings["strict"] = "yes" if strict else None
     rows, unmet = [], []
-    for op in OPS[:-1]:
-        backend, reason = _backend(op, requests[op], model)
-        chosen[op] = backend
-        count = None if modules is None else len(modules) if op in BACKENDS else 0
-        rows.append(Row(op, count, str(requests[op]), _runs(backend, model), reason))
-        if backend is None and requests[op] not in ("auto", "off", True, False):
+    for op in switch.OPS[:-1]:
+        able = [module for module, kind in (ours | theirs).items() if kind == op and not kept.get(module)]
+        backend, runs, reason = _choose(op, requests[op], facts)
+        told = [reason] if reason else []
+        asked = requests[op] not in ("off", False)
+        if backend is None and asked:
             unmet.append(f"{op}: {reason}")
+        if op == "loss" and theirs and asked:
+            told = []
+        if asked and theirs:
+            told += [text for text in (_port_reason(op, facts, match_hf_scale),) if text]
+            told += sorted({kept[module] for module, kind in theirs.items() if kind == op and kept[module]})
+        if model is not None and not able:
+            backend, runs = None, "plain"
+            if asked and requests[op] not in ("auto", True):
+                unmet.append(f"{op}: {'; '.join(told)}")
+        settings[op] = backend
+        rows.append(Row(op, None if model is None else len(able), str(requests[op]), runs, "; ".join(told)))
     rows.append(_palette_row(palette))
+    if palette not in ("auto", True, rows[-1].active):
+        unmet.append(f"palette: {rows[-1].reason}")
     if strict and unmet:
         raise ConfigError("use_kernels(strict=True) cannot be met: " + "; ".join(unmet))
-    settings: Settings = {"attention": chosen["attention"]}
-    before: list[tuple[nn.Module, Settings | None]] | Settings
-    if modules is None:
-        before = _process["settings"]
-        _process["settings"] = settings
-    else:
-        before = [(module, getattr(module, "kernels")) for module in modules]  # noqa: B009
-        for module in modules:
-            module.kernels = settings  # type: ignore[assignment]
-    return KernelReport(rows=tuple(rows), model=model, _settings=settings, _before=before)
+
+    with _lock:
+        # Those that another swap has installed already, too: "off" inside of it must reach them.
+        wanted = {module: op for module, op in theirs.items() if settings[hf.setting(op)] is not None or hf.installed(module)}
+        installed = {module: op for module, op in wanted.items() if not kept[module]}
+        for module, op in installed.items():
+            hf.install(module, op)
+        hf.connect(installed)
+        freed = 0
+        if settings["attention"] is not None:
+            freed = sum(hf.free_mask(module) for module, op in installed.items() if op == "attention")
+    target: switch.Target = switch.Everything() if model is None else switch.OneModel([*ours, *installed])
+    target.put(settings)
+    return KernelReport(
+        rows=tuple(rows),
+        model=model,
+        freed_bytes=freed,
+        _settings=settings,
+        _target=target,
+        _installed=installed,
+        _compiled_before={op: switch.compiled_in(op) for op in switch.OPS},
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from igpt import cli, config
+from igpt_kernels import backends
 
 
 def test_help_names_every_command_and_is_quick() -> None:
@@ -103,10 +104,16 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["extension"]["loaded"] or facts["extension"]["reason"]
-    words = facts["backends, best first"]["flash_attention"]["cpu float32"]
-    assert words == ["triton (device cpu is not one of cuda)", "torch", "reference"]
+    rows = {(row["op"], row["device"], row["sizes"]): row for row in facts["kernels"]}
+    assert {op for op, _, _ in rows} == set(backends.CAPABILITIES)
+    row = rows["flash_attention", "cpu", "head_dim 16..320"]
+    assert row["auto"] == "torch (triton: device cpu is not one of cuda)"
+    assert row["dtypes"] == "float32, bfloat16, float16"
+    assert "head_dim 320 is above 256" in rows["flash_attention", "cuda", "head_dim 320"]["auto"]
     assert cli.main(["info"]) == 0
-    assert "extension" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "extension" in text
+    assert "linear_cross_entropy" in text
 
 
 def test_leading_words_are_the_options_they_stand_for() -> None:

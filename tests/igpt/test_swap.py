@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import itertools
+import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 import igpt
-from igpt import swap
+from igpt import switch
 from igpt.config import ImageGPTConfig
 from igpt.errors import ConfigError
 from igpt.model import ImageGPT
@@ -31,8 +35,9 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 16, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def backend(model: ImageGPT) -> str | None:
-    return swap.active(model.blocks[0].attn, "attention")  # type: ignore[union-attr,arg-type]
+def backend(model: ImageGPT, op: str = "attention") -> str | None:
+    (module, *_) = (module for module in model.modules() if getattr(module, "kernel_op", None) == op)
+    return switch.settings_of(module)[op]
 
 
 def test_default_is_plain(model: ImageGPT) -> None:
@@ -98,11 +103,17 @@ def test_state_dict_copies_and_wrappers_are_untouched(model: ImageGPT, tokens: t
     with igpt.use_kernels(model):
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        assert backend(copy.deepcopy(model)) == "auto"
         wrapped = torch.nn.DataParallel(model) if torch.cuda.is_available() else torch.nn.Sequential(model)
         inner = igpt.use_kernels(wrapped, attention="reference")
-        assert backend(model) == "reference"
+        assert backend(model) == "reference", "newer than the region"
         inner.restore()
+        assert backend(model) == "auto"
+        inner = igpt.use_kernels(wrapped, attention="reference")
+        everywhere = igpt.use_kernels(attention="torch")
+        assert backend(model) == "reference"
+    assert backend(model) == "reference"
+    everywhere.restore()
+    inner.restore()
     assert backend(model) is None
 
 
@@ -116,39 +127,109 @@ def test_compiled_models_follow_a_swap(model: ImageGPT, tokens: torch.Tensor) ->
     assert torch.equal(compiled(tokens).logits, plain)
 
 
-def test_training_curve_is_the_same(tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize("changes", [{}, {"objective": "bert"}, {"bias": True, "attention": ("local2d:1", "column")}], ids=str)
+def test_training_curve_is_the_same(changes: dict[str, Any], tokens: torch.Tensor) -> None:
     curves = []
     for kernels in ("off", "auto"):
         torch.manual_seed(0)
-        model = ImageGPT(CONFIG)
+        model = ImageGPT(dataclasses.replace(CONFIG, **changes))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         curve = []
-        with igpt.use_kernels(model, attention=kernels):
+        with igpt.use_kernels(model, attention=kernels, norm=kernels, mlp=kernels, loss=kernels) as report:
             for _ in range(30):
                 loss = model(tokens, tokens).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 curve.append(loss.item())
+        for op, calls in {"attention": 2, "norm": 5, "mlp": 2, "loss": 1}.items():
+            assert report.calls(op) == (30 * calls if kernels == "auto" else 0), op
         curves.append(curve)
-    assert curves[0][-1] < 0.7 * curves[0][0]
+    assert curves[0][-1] < (0.95 if changes.get("objective") else 0.7) * curves[0][0]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_report_says_what_runs_and_why(model: ImageGPT) -> None:
-    with igpt.use_kernels(model, norm="triton") as report:
+def test_every_op_computes_the_same(model: ImageGPT, tokens: torch.Tensor) -> None:
+    """Each alone, so that none hides another: loss, logits, gradients."""
+    parameters = list(model.parameters())
+    plain = model(tokens).logits
+    slopes = torch.autograd.grad(model(tokens, tokens).loss, parameters)
+    for op, name in itertools.product(("attention", "norm", "mlp", "loss"), ("torch", "reference")):
+        others = {other: "off" for other in ("attention", "norm", "mlp", "loss") if other != op}
+        with igpt.use_kernels(model, **{op: name}, **others) as report:  # type: ignore[arg-type]
+            torch.testing.assert_close(model(tokens).logits, plain, atol=1e-5, rtol=0)
+            for actual, expected in zip(torch.autograd.grad(model(tokens, tokens).loss, parameters), slopes, strict=True):
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+            assert {other for other in switch.OPS if report.calls(other)} == {op}
+
+
+def test_swaps_are_restored_in_any_order(model: ImageGPT) -> None:
+    for target in (None, model):
+        first, second = (igpt.use_kernels(target, attention=name) for name in ("reference", "torch"))
+        first.restore()
+        assert backend(model) == "torch"
+        second.restore()
+        assert backend(model) is None
+
+
+def test_regions_of_one_model_belong_to_their_thread(model: ImageGPT) -> None:
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(backend(model)))
+    with igpt.use_kernels(model, attention="torch"):
+        thread.start()
+        thread.join()
+        with igpt.use_kernels(attention="reference"):
+            assert backend(model) == "torch", "a region of the model wins over one of all models"
+    assert seen == [None]
+
+
+def test_pickles_keep_the_setting_but_no_region(model: ImageGPT) -> None:
+    report = igpt.use_kernels(model, attention="torch")
+    assert backend(pickle.loads(pickle.dumps(model))) == "torch"
+    report.restore()
+    with igpt.use_kernels(model, attention="torch"):
+        assert backend(copy.deepcopy(model)) is None
+        assert backend(pickle.loads(pickle.dumps(model))) is None
+
+
+def test_a_wrapped_output_layer_keeps_its_own(model: ImageGPT, tokens: torch.Tensor) -> None:
+    """The kernel reads the matrix, not the layer: what an adapter or a hook adds to it would be lost."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    adapted = Adapted(32, 16, bias=False)
+    adapted.load_state_dict(model.head.state_dict())
+    hooked = copy.deepcopy(model)
+    hooked.head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    model.head = adapted
+    for one in (model, hooked):
+        before = one(tokens, tokens).loss
+        with (
+            igpt.use_kernels(one, attention="off", norm="off", mlp="off") as report,
+            pytest.warns(RuntimeWarning, match="wrapped"),
+        ):
+            assert torch.equal(one(tokens, tokens).loss, before)
+        assert list(report.refused("loss").values()) == [1]
+
+
+def test_report_says_what_runs_and_why(model: ImageGPT, tokens: torch.Tensor) -> None:
+    with igpt.use_kernels(model, norm="triton", mlp="off") as report:
+        model(tokens, tokens)
         text = str(report)
         table = report.as_dict()
-    assert table["attention"]["active"] == "torch"  # type: ignore[index]
-    assert table["attention"]["modules"] == 2  # type: ignore[index]
-    assert table["norm"]["active"] == "plain"  # type: ignore[index]
-    assert "not triton" in text
+    assert [table[op]["active"] for op in switch.OPS[:-1]] == ["torch", "plain", "plain", "torch"]
+    assert [table[op]["modules"] for op in switch.OPS[:-1]] == [2, 5, 2, 1]
+    assert [table[op]["calls"] for op in switch.OPS[:-1]] == [2, 0, 0, 1]
+    assert "triton cannot run: device cpu is not one of cuda" in str(table["norm"]["reason"])
+    assert "switched off" in text
     print(report, file=io.StringIO())
 
 
 def test_strict_raises_with_every_reason(model: ImageGPT) -> None:
-    with pytest.raises(ConfigError, match=r"triton cannot run: device cpu is not one of cuda.*norm has no fused kernel"):
-        igpt.use_kernels(model, attention="triton", norm="triton", strict=True)
+    with pytest.raises(ConfigError, match=r"triton cannot run: device cpu is not one of cuda.*norm has .*not sdpa.*palette: "):
+        igpt.use_kernels(model, attention="triton", norm="sdpa", palette="reference", strict=True)
     assert backend(model) is None
 
 
