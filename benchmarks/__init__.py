@@ -1,1 +1,1 @@
-"""Benchmarks, for pytest-benchmark: every case is checked against the reference before it is timed."""
+"""Benchmarks: one registry of cases, each checked against the oracle before it is timed; ``python -m benchmarks``."""

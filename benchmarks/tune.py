@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_attention import inputs, milliseconds
+from benchmarks.cases_attention import inputs
+from benchmarks.timing import milliseconds
 from igpt_kernels import layouts, testing, tuning
 from igpt_kernels.reference import attention_reference, decode_attention_reference
 

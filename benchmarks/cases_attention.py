@@ -1,0 +1,444 @@
+"""Cases of attention: dense, block-sparse and decoding, at the shapes of Image GPT S, M and L."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.registry import Case, Cost, Method, Operation, Work
+from igpt_kernels import backends, layouts, testing, tuning
+from igpt_kernels._ops_attention import attention_pairs
+from igpt_kernels.layouts import SparseLayout
+from igpt_kernels.reference import attention_reference
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+PATTERNS = ("local2d:3", "local2d:7", "local2d:15", "local2d:31", "row_column", "strided", "fixed")
+BUILT = "local2d:7"
+"""The pattern whose lists of tiles are built."""
+CHECKED = 1 << 24
+"""Pairs of scores that the oracle computes for a head: all of them up to 4,096 tokens, beyond that those of 8 runs of rows."""
+
+
+def inputs(
+    batch: int, heads: int, tokens: int, head_dim: int, *, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> tuple[list[Tensor], Tensor]:
+    """Random normal q, k, v as views of a fused [B,T,3,H,D] tensor, and a gradient; zeros would run 13 % faster on a GPU."""
+    fused = torch.randn(batch, tokens, 3, heads, head_dim, device=device).to(dtype)
+    qkv = [fused[:, :, i].transpose(1, 2).requires_grad_() for i in range(3)]
+    return qkv, torch.randn(batch, tokens, heads, head_dim, device=device).to(dtype).transpose(1, 2)
+
+
+def layout_of(case: Case) -> SparseLayout:
+    """The pattern of a case; dense for the operations that have none."""
+    return layouts.parse({"causal": "dense", "dense": "dense", "build": BUILT}.get(case.op, case.op), *case.size)
+
+
+def _inputs_of(case: Case, tokens: int | None = None) -> tuple[list[Tensor], Tensor]:
+    count = case.tokens if tokens is None else tokens
+    return inputs(case.batch, case.heads, count, case.head_dim, dtype=getattr(torch, case.dtype), device=case.device)
+
+
+def prepare(case: Case, subject: Attention) -> Work:
+    """One layer on random inputs: forward without a graph, both passes, and the backward pass over a graph that is kept."""
+    qkv, grad = _inputs_of(case)
+    plain = [x.detach() for x in qkv]
+    graph: list[Tensor] = []
+
+    def forward() -> object:
+        return subject(*plain)
+
+    def both() -> object:
+        return torch.autograd.grad(subject(*qkv), qkv, grad)
+
+    def backward() -> object:
+        if not graph:
+            graph.append(subject(*qkv))
+        return torch.autograd.grad(graph[0], qkv, grad, retain_graph=True)
+
+    def warm() -> object:
+        if case.op != "causal":
+            return None  # a pattern belongs to its image
+        small, of_small = _inputs_of(case, 256)
+        return torch.autograd.grad(subject(*small), small, of_small)
+
+    compiled = case.method == "flex"
+    facts = _facts(case)
+    return Work(
+        {"forward": forward, "both": both, "backward": backward},
+        None if compiled else warm,
+        configuration(case),
+        compiled,
+        facts,
+    )
+
+
+def _facts(case: Case) -> dict[str, object]:
+    if case.op == "causal":
+        return {}
+    layout = layout_of(case)
+    facts: dict[str, object] = {"density": float(f"{layout.density:.4g}"), "tile_density": float(f"{layout.tile_density:.4g}")}
+    if case.method == "sparse" and case.device == "cuda":
+        for way, kernel in (("forward", "sparse_forward"), ("backward", "sparse_backward_keys")):
+            config = _config(kernel, case)
+            lists = layout.block_lists(config.block_m, config.block_n)
+            facts[f"touched_{way}"] = sum(one.blocks for one in lists) * config.block_m * config.block_n
+    return facts
+
+
+def _config(kernel: str, case: Case) -> tuning.Config:
+    dtype = getattr(torch, case.dtype)
+    return tuning.lookup(kernel, dtype=dtype, head_dim=case.head_dim, device=torch.device(case.device))
+
+
+OPS = {"flash": "flash_attention", "sparse": "block_sparse_attention", "decode": "decode_attention"}
+
+
+def configuration(case: Case) -> str:
+    """Which kernel really runs, and how."""
+    dtype, device = getattr(torch, case.dtype), torch.device(case.device)
+    if case.method in OPS:
+        name = OPS[case.method]
+        backend = backends.choose("auto", backends.explain(name, dtype=dtype, device=device, head_dim=case.head_dim), name)
+        if backend != "triton":
+            return backend
+        kernel = {"flash": "flash_forward", "sparse": "sparse_forward", "decode": "decode"}[case.method]
+        if case.method == "decode" and case.op != "dense":
+            kernel = "sparse_decode"
+        config = _config(kernel, case)
+        return f"triton {config.block_m},{config.block_n},{config.num_warps},{config.num_stages}"
+    if case.method == "sdpa":
+        return sdpa_backend(case)
+    return {"flex": "compiled, blocks of 128", "eager": "matmul, mask, softmax, matmul"}.get(case.method, "")
+
+
+def sdpa_backend(case: Case) -> str:
+    """The kernel that scaled_dot_product_attention takes for a case, in torch's words."""
+    small = [x.detach() for x in _inputs_of(case, min(case.tokens, 256))[0]]
+    query = small[0][:, :, -1:] if case.suite == "decode" else small[0]
+    choice = torch._fused_sdp_choice(query, small[1], small[2], is_causal=case.suite != "decode")
+    return SDPBackend(choice).name.lower()
+
+
+def _oracle(
+    qkv: Sequence[Tensor], grad: Tensor, layout: SparseLayout, rows: Sequence[slice], dtype: torch.dtype
+) -> testing.AttentionResult:
+    """The oracle at `dtype` for some runs of queries, whose gradient alone is not zero; dK and dV are those of all keys."""
+    q, k, v = (x.detach().to(dtype) for x in qkv)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    outs = []
+    position = torch.arange(k.shape[2], device=k.device)
+    for run in rows:
+        seen = layout._permits(position[run, None], position[None])
+        some = [q[:, :, run].requires_grad_(), k.requires_grad_(), v.requires_grad_()]
+        out = attention_reference(*some, causal=False, mask=seen)[0]
+        parts = torch.autograd.grad(out, some, grad[:, :, run].to(dtype))
+        outs.append(out.detach())
+        dq[:, :, run] = parts[0]
+        dk, dv = dk + parts[1], dv + parts[2]
+    return testing.AttentionResult(torch.cat(outs, 2), None, dq, dk, dv)
+
+
+def runs_of_rows(tokens: int) -> list[slice]:
+    """The queries that are checked: all, in runs of 512; beyond `CHECKED` pairs 8 runs, the first and the last among them."""
+    if tokens * tokens <= CHECKED:
+        return [slice(start, min(start + 512, tokens)) for start in range(0, tokens, 512)]
+    length = max(CHECKED // tokens // 8, 1)
+    return [slice(start, start + length) for start in (round(i * (tokens - length) / 7) for i in range(8))]
+
+
+def verify(case: Case, subject: Attention) -> float:
+    """Output and gradients of the first and the last head at full size against float64; the share of the budget used."""
+    qkv, grad = _inputs_of(case)
+    rows = runs_of_rows(case.tokens)
+    chosen = torch.zeros(case.tokens, dtype=torch.bool, device=grad.device)
+    for run in rows:
+        chosen[run] = True
+    grad = grad * chosen[:, None]
+    forward_only = case.method == "flex" and case.device == "cpu"
+    if forward_only:
+        result = testing.AttentionResult(subject(*(x.detach() for x in qkv)), None, *qkv)
+    else:
+        result = testing.attention_result(subject, qkv, grad)
+    layout, worst = layout_of(case), 0.0
+    for b, h in {(0, 0), (case.batch - 1, case.heads - 1)}:
+        head = (slice(b, b + 1), slice(h, h + 1))
+        some = [x.detach()[head] for x in qkv]
+        exact, eager = (_oracle(some, grad[head], layout, rows, t) for t in (torch.float64, grad.dtype))
+        out = torch.cat([result.out[head][:, :, run] for run in rows], 2)
+        mine = testing.AttentionResult(out, None, result.dq[head], result.dk[head], result.dv[head])
+        if forward_only:
+            worst = max(worst, testing.error_ratio(out, exact.out, eager.out, factor=testing.OUTPUT_FACTOR))
+            continue
+        floor = testing.cancelling_terms(some[0], some[1], some[2], grad[head], case.head_dim**-0.5)
+        worst = max(worst, testing.check_attention(mine, exact, eager, floor=floor))
+    return worst
+
+
+def cost(case: Case, way: str) -> Cost:
+    """Operations of the visible pairs: 4·B·H·pairs·D forward, 10 backward; each tensor read or written once."""
+    layout = layout_of(case)
+    pairs = attention_pairs(case.tokens, case.tokens, True) if case.op == "causal" else layout.pairs
+    factor = {"forward": 4, "backward": 10, "both": 14}[way]
+    tensors = {"forward": 4, "backward": 8, "both": 12}[way]
+    size = getattr(torch, case.dtype).itemsize
+    formula = f"{factor}·B·H·pairs·D, {pairs:,} visible pairs"
+    flops = float(factor * case.batch * case.heads * pairs * case.head_dim)
+    return Cost(flops, float(tensors * size * case.batch * case.width * case.tokens), "compute", formula)
+
+
+def _sdpa(*allowed: SDPBackend) -> Callable[[Case], Attention]:
+    def make(case: Case) -> Attention:
+        if not allowed:
+            return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(list(allowed)):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return run
+
+    return make
+
+
+def _eager(case: Case) -> Attention:
+    from igpt.model import plain_attention
+
+    return lambda q, k, v: plain_attention(q, k, v, True)
+
+
+def _flash(case: Case) -> Attention:
+    import igpt_kernels
+
+    return lambda q, k, v: igpt_kernels.flash_attention(q, k, v)
+
+
+def _sparse(case: Case) -> Attention:
+    import igpt_kernels
+
+    layout = layout_of(case)
+    return lambda q, k, v: igpt_kernels.block_sparse_attention(q, k, v, layout)
+
+
+def _flex(case: Case) -> Attention:
+    """FlexAttention compiled, with blocks that are listed here: create_block_mask makes a T x T tensor, or compiles 5 s."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    layout = layout_of(case)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return layout.pattern.permits(q, k) & (k <= q) if case.op != "causal" else k <= q
+
+    some, whole = _blocks(layout, 128, case.device)
+    partial = some & ~whole
+    counts, orders = [], []
+    for kind in (partial, whole):
+        order = torch.argsort(kind.int(), dim=-1, descending=True, stable=True).int()
+        counts.append(kind.sum(-1).int()[None, None])
+        orders.append(order[None, None].contiguous())
+    mask = BlockMask.from_kv_blocks(
+        counts[0],
+        orders[0],
+        counts[1],
+        orders[1],
+        BLOCK_SIZE=128,
+        mask_mod=visible,
+        seq_lengths=(case.tokens, case.tokens),
+    )
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)  # type: ignore[no-any-return]
+
+
+def _blocks(layout: SparseLayout, side: int, device: str) -> tuple[Tensor, Tensor]:
+    """Which blocks of side x side pairs of raster order hold any visible pair, and which are visible whole; T·side bytes."""
+    count = -(-layout.tokens // side)
+    some, whole = (torch.zeros(count, count, dtype=torch.bool, device=device) for _ in range(2))
+    for row in range(count):
+        stop = min((row + 1) * side, layout.tokens)
+        seen = layout.mask_rows(row * side, stop, device)
+        full = seen.shape[1] // side * side
+        tiles = seen[:, :full].view(seen.shape[0], -1, side)
+        some[row, : full // side], whole[row, : full // side] = tiles.any(-1).any(0), tiles.all(-1).all(0)
+        if full < seen.shape[1]:
+            some[row, row] = seen[:, full:].any()
+    return some, whole
+
+
+def _scores(copies: dict[str, int]) -> Callable[[Case, str], tuple[int, str]]:
+    def estimate(case: Case, way: str) -> tuple[int, str]:
+        size = getattr(torch, case.dtype).itemsize
+        count = copies["forward" if way == "forward" else "both"]
+        one = size * case.batch * case.heads * case.tokens**2
+        return count * one, f"{count} score matrices of {case.batch * case.heads} × {case.tokens:,}² {case.dtype}"
+
+    return estimate
+
+
+def _flex_refuses(case: Case, way: str) -> str:
+    return "FlexAttention has no backward pass on the CPU" if case.device == "cpu" and way != "forward" else ""
+
+
+# Scores and their masked copy live at once, and in training the weights and two gradients of that size; measured.
+EAGER = Method(_eager, memory=_scores({"forward": 2, "both": 4}))
+FLEX = Method(_flex, refuses=_flex_refuses, compiled=True)
+DENSE = {
+    "eager": EAGER,
+    "sdpa": Method(_sdpa()),
+    "sdpa-flash": Method(_sdpa(SDPBackend.FLASH_ATTENTION), devices=("cuda",)),
+    "sdpa-cudnn": Method(_sdpa(SDPBackend.CUDNN_ATTENTION), devices=("cuda",)),
+    "flex": FLEX,
+    "flash": Method(_flash, public="flash_attention"),
+}
+SPARSE = {"flex": FLEX, "sparse": Method(_sparse, public="block_sparse_attention")}
+
+
+def decode_inputs(case: Case) -> list[Tensor]:
+    """One query [B,H,1,D], and caches [B,H,T,D] that are full."""
+    dtype = getattr(torch, case.dtype)
+
+    def normal(tokens: int) -> Tensor:
+        return torch.randn(case.batch, case.heads, tokens, case.head_dim, device=case.device).to(dtype)
+
+    return [normal(1), normal(case.tokens), normal(case.tokens)]
+
+
+def decode_prepare(case: Case, subject: Attention) -> Work:
+    """The last pixel of an image: one query that may see all others."""
+    tensors = decode_inputs(case)
+    return Work({"forward": lambda: subject(*tensors)}, lambda: subject(*tensors), configuration(case))
+
+
+def _seen(case: Case, device: str) -> Tensor:
+    """The keys that the last query sees, bool [T]."""
+    seen = torch.zeros(case.tokens, dtype=torch.bool, device=device)
+    seen[layout_of(case).keys_of(case.tokens - 1).to(device)] = True
+    return seen
+
+
+def decode_verify(case: Case, subject: Attention) -> float:
+    """All of the output against float64."""
+    tensors = decode_inputs(case)
+    mask = _seen(case, case.device)
+    exact, eager = (
+        attention_reference(*(x.to(dtype) for x in tensors), causal=False, mask=mask)[0]
+        for dtype in (torch.float64, tensors[0].dtype)
+    )
+    return testing.error_ratio(subject(*tensors), exact, eager, factor=testing.OUTPUT_FACTOR)
+
+
+def decode_cost(case: Case, way: str) -> Cost:
+    """4·B·H·n·D operations and 2·B·H·n·D values read, n the keys seen."""
+    seen = case.tokens if case.op == "dense" else int(layout_of(case).keys_of(case.tokens - 1).numel())
+    values = 2 * case.batch * case.width * seen
+    size = getattr(torch, case.dtype).itemsize
+    return Cost(2.0 * values, float(size * values), "memory", f"4·B·H·n·D, n = {seen:,} keys; keys and values read once")
+
+
+def _decode_eager(case: Case) -> Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-1, -2)) * case.head_dim**-0.5
+        return scores.softmax(-1) @ v
+
+    return run
+
+
+def _decode(case: Case) -> Attention:
+    import igpt_kernels
+
+    layout = None if case.op == "dense" else layout_of(case)
+    return lambda q, k, v: igpt_kernels.decode_attention(q, k, v, case.tokens, layout=layout)
+
+
+DECODE = {
+    "eager": Method(_decode_eager),
+    "sdpa": Method(lambda case: lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
+    "decode": Method(_decode, public="decode_attention"),
+}
+
+
+def build_prepare(case: Case, subject: Callable[[], object]) -> Work:
+    """The lists of tiles of a pattern that was never used before."""
+    return Work({"forward": subject}, None, f"{BUILT}, tiles of 64 x 64" if case.method == "lists" else "compiled nothing")
+
+
+def build_verify(case: Case, subject: Callable[[], Any]) -> float:
+    """The touched tiles against the definition: visible pairs of runs of rows, or blocks of 128 tokens."""
+    layout, built = layout_of(case), subject()
+    if case.method == "flex":
+        some, _ = _blocks(layout, 128, case.device)
+        found = int(built.kv_num_blocks.sum() + built.full_kv_num_blocks.sum())
+        if found != int(some.sum()):
+            raise AssertionError(f"{found} blocks are touched, by the definition {int(some.sum())}")
+        return 0.0
+    for run in runs_of_rows(case.tokens):
+        query = run.start
+        keys = layout.mask_rows(query, query + 1)[0].nonzero()[:, 0]
+        if not torch.equal(layout.keys_of(query), keys):
+            raise AssertionError(f"query {query} sees other keys than the definition says")
+    return 0.0
+
+
+def _lists(case: Case) -> Callable[[], object]:
+    from igpt_kernels import blocks
+
+    layout = layout_of(case)
+
+    def run() -> object:
+        blocks.block_lists.cache_clear()
+        return layout.block_lists()
+
+    return run
+
+
+def _flex_mask(case: Case) -> Callable[[], object]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = layout_of(case)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return layout.pattern.permits(q, k) & (k <= q)
+
+    return lambda: create_block_mask(visible, None, None, case.tokens, case.tokens, device=case.device)
+
+
+def _square(case: Case, way: str) -> tuple[int, str]:
+    # Measured at 32² and 64²: 32 bytes a pair and more, for its comparisons of int64 positions.
+    return 32 * case.tokens**2, f"a mask of {case.tokens:,}² and what it is made from"
+
+
+BUILD = {
+    "flex": Method(_flex_mask, memory=_square),
+    "lists": Method(_lists, public="layouts"),
+}
+OPERATIONS = [
+    Operation("attention", "causal", ("flash_attention",), ("forward", "both"), prepare, verify, cost, DENSE),
+    *(
+        Operation("sparse", name, ("block_sparse_attention", "layouts"), ("forward", "both"), prepare, verify, cost, SPARSE)
+        for name in PATTERNS
+    ),
+    Operation(
+        "sparse",
+        "build",
+        ("layouts",),
+        ("forward",),
+        build_prepare,
+        build_verify,
+        lambda case, way: Cost(0.0, 0.0, "memory", "pixels of the image", "pixels", case.tokens),
+        BUILD,
+    ),
+    Operation("decode", "dense", ("decode_attention",), ("forward",), decode_prepare, decode_verify, decode_cost, DECODE),
+    Operation(
+        "decode",
+        "local2d:7",
+        ("decode_attention",),
+        ("forward",),
+        decode_prepare,
+        decode_verify,
+        decode_cost,
+        {"decode": DECODE["decode"]},
+    ),
+]
