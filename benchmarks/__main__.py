@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     try:
         return _run(options, device, list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
+        return 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

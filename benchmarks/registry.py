@@ -374,9 +374,11 @@ def plan(selection: Selection) -> Iterator[Case]:
     order = {(suite, name): place for place, (suite, name) in enumerate(operations())}
     ranks = list(PRESETS)
     for size in sorted(wanted, key=lambda w: (order[w[0], w[1]], ranks.index(w[2]), w[3:])):
-        for method in operations()[size[0], size[1]].methods:
+        for method, how in operations()[size[0], size[1]].methods.items():
             if method not in wanted[size] or (selection.methods and method not in selection.methods):
                 continue
+            if selection.device not in how.devices and not selection.methods:
+                continue  # of another device, and not asked for by name
             case = _case(selection, method, *size)
             if case is not None and case not in done:
                 done.add(case)

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[type[Any], str, tuple[str, ...], str]] = {
         ("pattern",),
         "igpt layouts PATTERN: draw a sparse attention pattern.",
     ),
+    "bench": (config.BenchOptions, "igpt.bench:run_bench", (), "python -m benchmarks in a source tree; igpt bench --help."),
     "info": (config.InfoOptions, "igpt.info:run_info", (), "Versions, devices, the compiled extension, chosen kernels."),
 }
 
@@ -65,6 +66,8 @@ def _one_line(text: str) -> str:
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:
+    if arguments[:1] == ["bench"]:  # its options are those of `python -m benchmarks`, which reads them itself
+        return "bench", config.BenchOptions(tuple(arguments[1:]))
     arguments = _spell_out(arguments)
     choices = tuple(
         Annotated[options, tyro.conf.subcommand(name=name, description=text, prefix_name=False)]

@@ -474,6 +474,14 @@ class LayoutsOptions(_Options):
 
 
 @dataclass(frozen=True)
+class BenchOptions(_Options):
+    """Options of `igpt bench`: those of `python -m benchmarks`, handed on as they are."""
+
+    arguments: tuple[str, ...] = ()
+    """For example --quick, or --suite attention --shape 2 12 4096 64."""
+
+
+@dataclass(frozen=True)
 class InfoOptions(_Options):
     """Options of `igpt info`: versions, devices, the compiled extension, and which kernels would be chosen."""
 

@@ -1,0 +1,197 @@
+"""The registry is complete, and what is wrong is never timed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import igpt_kernels
+from benchmarks import registry, timing, worker
+from benchmarks.registry import PLANS, RESOLUTIONS, Case, Selection, operations, plan
+from benchmarks.worker import Order, measure
+from igpt import swap
+
+OURS = ("flash", "sparse", "lists", "decode", "ours", "ext", "torch", "kernels")
+COLUMNS = {
+    "way status reason median_s p20_s p80_s n times_s peak_bytes error_ratio config clock_mhz matmul_tflops copy_gbs",
+    "flops bytes bound formula per count tflops gbs of_machine",
+}
+
+
+def small(suite: str, op: str, method: str, tokens: int = 64) -> Case:
+    dtype = "uint8" if suite == "palette" else "float32"
+    heads, head_dim = (4, 32) if suite in ("train", "sample") else (2, 16)
+    preset = "tiny" if suite in ("train", "sample") else "S"
+    return Case(suite, op, method, preset, round(tokens**0.5), 1, heads, tokens, head_dim, dtype, "cpu")
+
+
+def rows_of(case: Case) -> list[dict[str, Any]]:
+    operation, _ = registry.find(case)
+    ways = tuple(way for way in operation.ways_on("cpu") if not registry.absent(case, way))
+    return [message for message in measure(Order(case, ways, 0.01, 8 << 30)) if "status" in message] if ways else []
+
+
+def test_every_public_operation_has_cases_of_ours() -> None:
+    measured = {name for operation in operations().values() for name in operation.public}
+    assert set(igpt_kernels.__all__) - {"explain"} <= measured
+    assert "use_kernels" in measured
+    for operation in operations().values():
+        assert set(operation.methods) & set(OURS), f"{operation.suite} {operation.name} has no method of ours"
+
+
+def test_every_suite_has_peers_and_every_cost_is_positive() -> None:
+    assert {operation.suite for operation in operations().values()} == set(registry.SUITES)
+    for (suite, op), operation in operations().items():
+        case = small(suite, op, next(iter(operation.methods)))
+        for way in operation.ways_on("cuda"):
+            cost = operation.cost(case, way)
+            assert cost.flops + cost.bytes + cost.count > 0
+            assert cost.bound in ("compute", "memory")
+            assert cost.formula
+
+
+@pytest.mark.parametrize(("device", "mode"), [*PLANS, ("cpu", "full"), ("cuda", "full")])
+def test_plans_hold_what_exists_once_and_peers_first(device: str, mode: str) -> None:
+    cases = list(plan(Selection(device, mode)))
+    assert len({case.key for case in cases}) == len(cases)
+    assert {case.suite for case in cases} == set(registry.SUITES)
+    for case in cases:
+        assert Case.of({**case.__dict__, "more": 1}) == case
+        registry.find(case)
+    order = {case.key: place for place, case in enumerate(cases)}
+    for case in cases:
+        eager = replace(case, method="eager").key
+        assert eager not in order or order[eager] <= order[case.key]
+    for first, second in itertools.pairwise(cases):
+        if (first.suite, first.op, first.preset, first.method) == (second.suite, second.op, second.preset, second.method):
+            assert first.tokens <= second.tokens  # the smaller predicts the larger
+
+
+def test_the_full_plan_has_every_resolution_and_preset() -> None:
+    cases = list(plan(Selection("cpu", "full")))
+    for suite, op in operations():
+        found = {(case.preset, case.resolution) for case in cases if (case.suite, case.op) == (suite, op)}
+        presets = ("S",) if suite == "palette" else ("S", "M", "L")
+        sides = (0,) if op == "table" else RESOLUTIONS
+        assert {(preset, side) for preset in presets for side in sides} <= found
+
+
+def test_a_users_own_shape() -> None:
+    cases = list(plan(Selection("cpu", suites=("attention", "decode"), shape=(2, 3, 77, 24))))
+    assert {case.shape for case in cases} == {"2x3x77x24"}
+    assert all(case.size == (7, 11) for case in cases)
+    assert [row["status"] for case in cases if case.method in ("flash", "decode") for row in rows_of(case)] == ["ok"] * 4
+
+
+@pytest.mark.parametrize(
+    ("suite", "op", "method"),
+    [
+        (suite, op, method)
+        for (suite, op), operation in operations().items()
+        for method, how in operation.methods.items()
+        if "cpu" in how.devices and not how.compiled and op not in ("table", "local2d:15", "local2d:31", "fixed")
+    ],
+)
+def test_every_method_agrees_with_the_oracle_and_is_timed(suite: str, op: str, method: str) -> None:
+    case = small(suite, op, method, tokens=1 if op == "table" else 64)
+    rows = rows_of(case)
+    if not rows:
+        operation, _ = registry.find(case)
+        assert all("not in this version" in registry.absent(case, way) for way in operation.ways_on("cpu"))
+        return
+    for row in rows:
+        assert row["status"] == "ok", row["reason"]
+        assert set(" ".join(COLUMNS).split()) <= set(row)
+        assert 0 <= row["error_ratio"] <= 1
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+
+
+def wrong_output(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: real(*args, **options) * 1.01
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 1.01
+
+
+def wrong_gradient(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: _WrongGradient.apply(real(*args, **options))
+
+
+@pytest.mark.parametrize("breakage", [wrong_output, wrong_gradient])
+@pytest.mark.parametrize(
+    ("suite", "op", "method", "name"),
+    [
+        ("attention", "causal", "flash", "flash_attention"),
+        ("sparse", "local2d:7", "sparse", "block_sparse_attention"),
+        ("decode", "dense", "decode", "decode_attention"),
+    ],
+)
+def test_a_wrong_kernel_is_a_row_and_is_not_timed(
+    breakage: Callable[..., Any], suite: str, op: str, method: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if breakage is wrong_gradient and suite == "decode":
+        return  # nobody asks for its gradient
+    monkeypatch.setattr(igpt_kernels, name, breakage(getattr(igpt_kernels, name)), raising=False)
+    monkeypatch.setattr(timing, "measure", lambda *args: pytest.fail("timed"))
+    rows = rows_of(small(suite, op, method))
+    assert rows
+    for row in rows:
+        assert row["status"] == "error"
+        assert "wrong result, not timed" in row["reason"]
+        assert "median_s" not in row
+
+
+def test_a_wrong_model_and_a_wrong_lookup_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import cases_palette
+    from igpt import model
+
+    real = cases_palette.palette_lookup
+    monkeypatch.setattr(cases_palette, "palette_lookup", lambda *args, **options: real(*args, **options) ^ 1)
+    monkeypatch.setattr(model, "flash_attention", wrong_gradient(model.flash_attention))
+    for case in (small("palette", "lookup", "ext"), small("palette", "lookup", "torch"), small("train", "step", "kernels")):
+        assert [row["status"] for row in rows_of(case)] == ["error"]
+    assert swap.active(torch.nn.Module(), "attention") is None
+
+
+def test_large_images_are_checked_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import cases_attention
+
+    assert [run.start for run in cases_attention.runs_of_rows(1000)] == [0, 512]
+    monkeypatch.setattr(cases_attention, "CHECKED", 64 * 16)
+    runs = cases_attention.runs_of_rows(64)
+    assert len(runs) == 8
+    assert runs[0].start == 0
+    assert runs[-1].stop == 64
+    assert rows_of(small("attention", "causal", "flash"))[0]["status"] == "ok"
+    real = igpt_kernels.flash_attention
+
+    def wrong_at_the_end(*args: Any, **options: Any) -> Tensor:
+        out = real(*args, **options).clone()
+        out[:, :, -1] += 0.1
+        return out
+
+    monkeypatch.setattr(igpt_kernels, "flash_attention", wrong_at_the_end, raising=False)
+    assert rows_of(small("attention", "causal", "flash"))[0]["status"] == "error"
+
+
+def test_failures_have_statuses() -> None:
+    from igpt_kernels.backends import BackendUnavailable
+
+    found = [worker.failure(error)["status"] for error in (MemoryError("1 GiB"), BackendUnavailable("no"), ValueError("x"))]
+    assert found == ["oom", "skipped", "error"]
+    real = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    assert worker.failure(real)["status"] == "oom"
+    assert "first line" in worker.failure(ValueError("first line\nsecond"))["reason"]
