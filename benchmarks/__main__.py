@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     try:
         return _run(options, device, list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; the rows so far are kept, --resume goes on", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
         return 0

@@ -19,7 +19,8 @@ _SAME = ("preset", "resolution", "batch", "heads", "tokens", "head_dim", "dtype"
 
 def peers_of(row: Message, rows: Iterable[Message]) -> dict[str, Message]:
     """The rows that a row is set against, by method: same shape, dtype and way; a sparse layer against the dense one."""
-    suite, op = ("attention", "causal") if row["suite"] == "sparse" else (row["suite"], row["op"])
+    layer = row["suite"] == "sparse" and row["op"] != "build"
+    suite, op = ("attention", "causal") if layer else (row["suite"], row["op"])
     found = {}
     for other in rows:
         if (

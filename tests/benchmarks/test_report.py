@@ -88,7 +88,7 @@ def test_every_row_is_in_the_markdown_and_on_the_terminal(capsys: pytest.Capture
         show(one)
     printed = capsys.readouterr().out
     assert "oom: eager at 128² is oom" in printed
-    assert printed.count("median") == len({(one["suite"], one["tokens"]) for one in ROWS})
+    assert printed.count("median") == 8  # a heading where the size changes
 
 
 def test_units() -> None:
