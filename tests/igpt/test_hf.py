@@ -339,6 +339,7 @@ def test_copies_and_pickles_are_swapped_models_of_their_own(model: Any, tokens: 
     with igpt.use_kernels(model):
         region = copy.deepcopy(model)
     report.restore()
+    assert b"igpt" not in pickle.dumps(model).replace(b"imagegpt", b""), "whoever loads it need not have this project"
     assert torch.equal(result(model, tokens), plain)
     assert torch.equal(result(region, tokens), swapped), "a copy made in a region keeps the model's own setting"
     fresh = make()

@@ -25,7 +25,7 @@ from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, NonF
 from igpt.model import ImageGPT, ImageGPTOutput
 from igpt.optim import learning_rate
 from igpt.run import TIME_FIELDS, Signals, Voice, read_config
-from igpt.swap import active
+from igpt.switch import active
 from igpt.train import BITS, TrainResult, pretrain, run_pretrain
 
 GOLDEN = Path(__file__).parents[1] / "golden"
