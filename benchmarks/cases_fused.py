@@ -175,8 +175,11 @@ def _configuration(case: Case, name: str) -> str:
 
     if name not in backends.CAPABILITIES:
         return ""
-    dtype, device = getattr(torch, case.dtype), torch.device(case.device)
-    return backends.choose("auto", backends.explain(name, dtype=dtype, device=device, head_dim=case.head_dim), name)
+    facts: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": torch.device(case.device)}
+    facts["width"] = 4 * case.width if name == "quick_gelu" else case.width
+    if name == "linear_cross_entropy":
+        facts["vocab"] = COLOURS
+    return backends.choose("auto", backends.explain(name, **facts), name)
 
 
 OPERATIONS = [_operation(kind) for kind in KINDS]
