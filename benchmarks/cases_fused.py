@@ -176,9 +176,10 @@ def _configuration(case: Case, name: str) -> str:
     if name not in backends.CAPABILITIES:
         return ""
     facts: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": torch.device(case.device)}
-    facts["width"] = 4 * case.width if name == "quick_gelu" else case.width
     if name == "linear_cross_entropy":
         facts["vocab"] = COLOURS
+    else:
+        facts["width"] = 4 * case.width if name == "quick_gelu" else case.width
     return backends.choose("auto", backends.explain(name, **facts), name)
 
 

@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import igpt
 import igpt_kernels
 from benchmarks import registry, timing, worker
 from benchmarks.registry import PLANS, RESOLUTIONS, Case, Selection, operations, plan
 from benchmarks.worker import Order, measure
-from igpt import switch
 
 OURS = ("flash", "sparse", "lists", "decode", "ours", "ext", "torch", "kernels")
 COLUMNS = {
@@ -164,7 +162,6 @@ def test_a_wrong_model_and_a_wrong_lookup_are_not_timed(monkeypatch: pytest.Monk
     monkeypatch.setattr(model, "flash_attention", wrong_gradient(model.flash_attention))
     for case in (small("palette", "lookup", "ext"), small("palette", "lookup", "torch"), small("train", "step", "kernels")):
         assert [row["status"] for row in rows_of(case)] == ["error"]
-    assert switch.settings_of(igpt.ImageGPT(igpt.preset("tiny")))["attention"] is None
 
 
 def test_large_images_are_checked_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
