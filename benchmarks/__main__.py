@@ -141,13 +141,14 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
         limit = options.limit or SECONDS.get((device, wanted.mode), 60.0)
         memory = None if options.memory is None else int(options.memory * 2**30)
         settings = Settings(out, limit, BUDGET[wanted.mode], memory, options.minutes, options.resume)
+        began = time.monotonic()
         facts = look(device)
         facts["environment"]["command"] = " ".join(["python -m benchmarks", *arguments])
         runner = Runner(settings, facts, report.Printer())
         _greet(facts, len(cases))
         runner.run(cases)
         lines = runner.file.rows
-        code = _verdict(report.latest(lines), runner.left)
+        code = _verdict(report.latest(lines), runner.left, time.monotonic() - began)
     rows = report.latest(lines)
     print()
     for sentence in report.largest(rows):
@@ -169,12 +170,12 @@ def _greet(facts: dict[str, Any], count: int) -> None:
 OURS = ("flash", "sparse", "decode", "ours", "ext", "kernels", "hf-kernels")
 
 
-def _verdict(rows: list[dict[str, object]], left: int) -> int:
+def _verdict(rows: list[dict[str, object]], left: int, took: float) -> int:
     """1 if a method of ours failed; a peer may fail in its compiler."""
     counts: dict[object, int] = {}
     for row in rows:
         counts[row["status"]] = counts.get(row["status"], 0) + 1
-    print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()) + f"; this took {took / 60:.1f} minutes")
     if left:
         print(f"time is up: {left} cases left; the same command with --resume goes on")
     failed = [row for row in rows if row["status"] == "error"]

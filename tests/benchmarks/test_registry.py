@@ -153,6 +153,17 @@ def test_a_wrong_kernel_is_a_row_and_is_not_timed(
         assert "median_s" not in row
 
 
+@pytest.mark.parametrize("breakage", [wrong_output, wrong_gradient])
+@pytest.mark.parametrize("name", ["rms_norm", "quick_gelu", "linear_cross_entropy"])
+def test_a_wrong_fused_operation_is_refused(name: str, breakage: Callable[..., Any]) -> None:
+    operation, method = registry.find(small("fused", name, "eager"))
+    case = small("fused", name, "eager", tokens=256)
+    right = method.make(case)
+    assert operation.verify(case, right) <= 1
+    with pytest.raises(AssertionError, match="over the budget"):
+        operation.verify(case, breakage(right))
+
+
 def test_a_wrong_model_and_a_wrong_lookup_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import cases_palette
     from igpt import model
