@@ -15,7 +15,7 @@ from benchmarks import registry
 from benchmarks.registry import PRESETS, RESOLUTIONS, SUITES, Selection
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {("cpu", "quick"): 20.0, ("cuda", "quick"): 60.0}
+SECONDS = {("cpu", "quick"): 30.0}
 BUDGET = {"quick": 0.2, "default": 0.6, "full": 1.0}
 
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--full", action="store_true", help="every case there is; use --minutes and --resume")
     add("--minutes", type=float, help="start no case after so long; --resume goes on later")
     add("--resume", action="store_true", help="keep the rows that --out holds, and measure what is missing")
-    add("--limit", type=float, help="wall seconds a case may take (60; quick 20 on a CPU)")
+    add("--limit", type=float, help="wall seconds a case may take (60; quick 30 on a CPU)")
     add("--memory", type=float, metavar="GIB", help="memory a case may take (80 %% of what is free)")
     add("--out", type=Path, help="folder for results.jsonl, results.json, results.md and plots (runs/bench/...)")
     add("--report", action="store_true", help="measure nothing: write the report of --out again, and compare it")

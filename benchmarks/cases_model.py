@@ -51,7 +51,7 @@ def config_of(case: Case, *, layers: int | None = None, sparse: bool = False) ->
 
 @contextlib.contextmanager
 def _precision(case: Case) -> Iterator[None]:
-    """float32 weights; products in bfloat16 by autocast where the case says so."""
+    """Training: float32 weights; products in bfloat16 by autocast where the case says so. Sampling has weights of the dtype."""
     if case.dtype == "float32":
         yield
         return
@@ -79,15 +79,14 @@ def _ours_loss(model: Any, tokens: Tensor) -> Tensor:
 
 def _ours_step(model: Any, case: Case) -> Callable[[], Tensor]:
     """The last pixel of an image, its cache full of random keys and values."""
-    with _precision(case):
-        cache: Cache = model.new_cache(case.batch)
+    cache: Cache = model.new_cache(case.batch)
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_()
     token = torch.randint(model.config.vocab_size, (case.batch, 1), device=case.device)
 
     def run() -> Tensor:
         cache.length = case.tokens - 1
-        with torch.no_grad(), _precision(case):
+        with torch.no_grad():
             return model.decode(token, cache)
 
     return run
@@ -141,8 +140,9 @@ def _their_step(model: Any, case: Case) -> Callable[[], Tensor]:
     token = torch.randint(model.config.vocab_size - 1, (case.batch, 1), device=case.device)
 
     def run() -> Tensor:
-        cache.crop(case.tokens - 1)
-        with torch.no_grad(), _precision(case):
+        if cache.get_seq_length() >= case.tokens:
+            cache.crop(case.tokens - 1 - cache.get_seq_length())  # the pixel that the call before has added
+        with torch.no_grad():
             return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
 
     return run
@@ -225,7 +225,7 @@ def train_verify(case: Case, subject: Subject) -> float:
 
 def plain_copy(model: ImageGPT) -> ImageGPT:
     """A model of the same weights, plain."""
-    made = ImageGPT(model.config).to(model.device)
+    made = ImageGPT(model.config).to(model.device, model.wpe.weight.dtype)
     made.load_state_dict(model.state_dict())
     return made
 
@@ -249,7 +249,7 @@ def train_cost(case: Case, way: str) -> Cost:
 
 def sample_prepare(case: Case, subject: Subject) -> Work:
     """The logits of one more pixel, at the end of an image."""
-    model = _model(case, subject).eval()
+    model = _model(case, subject).eval().to(getattr(torch, case.dtype))
     call = subject.step(model, case)
     return Work({"forward": call}, call, subject.config)
 
@@ -257,20 +257,20 @@ def sample_prepare(case: Case, subject: Subject) -> Work:
 def sample_verify(case: Case, subject: Subject) -> float:
     """Logits of all pixels with two layers against float64; ours also pixel by pixel through the cache."""
     case = _small(case)
-    plain = _fresh(config_of(case, layers=LAYERS, sparse=subject.sparse), case.device)
+    dtype = getattr(torch, case.dtype)
+    plain = _fresh(config_of(case, layers=LAYERS, sparse=subject.sparse), case.device).to(dtype)
     tokens = torch.randint(512, (1, case.tokens), device=case.device)
-    mine = subject.wrap(plain_copy(plain), None).eval()
+    mine = subject.wrap(plain_copy(plain), None).eval().to(dtype)
     with torch.no_grad():
         exact = plain_copy(plain).double()(tokens).logits
-        with _precision(case):
-            eager, found = plain(tokens).logits, subject.logits(mine, tokens)[..., :512]
-            if subject.table == "wte.weight":
-                # The last two pixels come from the cache: the first of them fills it, the second is a step that is timed.
-                cache = mine.new_cache(1)
-                mine.decode(tokens[:, :-2], cache)
-                found = found.clone()
-                found[:, -1] = mine.decode(tokens[:, -2:-1], cache)
-    return testing.error_ratio(found.float(), exact, eager.float(), factor=testing.OUTPUT_FACTOR)
+        eager, found = plain(tokens).logits, subject.logits(mine, tokens)[..., :512]
+        if subject.table == "wte.weight":
+            # The last pixel comes from a cache that holds all before it: the step that is timed.
+            cache = mine.new_cache(1)
+            mine.decode(tokens[:, :-2], cache)
+            found = found.clone()
+            found[:, -1] = mine.decode(tokens[:, -2:-1], cache)
+    return testing.error_ratio(found, exact, eager, factor=testing.OUTPUT_FACTOR)
 
 
 def sample_cost(case: Case, way: str) -> Cost:
@@ -278,7 +278,7 @@ def sample_cost(case: Case, way: str) -> Cost:
     config = config_of(case)
     cached = 2 * config.n_layer * case.batch * case.width * case.tokens
     size = getattr(torch, case.dtype).itemsize
-    read = 4 * _parameters(case) + size * cached  # weights are float32; autocast keeps no copy of them
+    read = size * (_parameters(case) + cached)
     flops = 2.0 * _parameters(case) * case.batch + 2.0 * cached
     return Cost(flops, float(read), "memory", "weights and cache read once", "pixels", case.batch)
 

@@ -202,7 +202,7 @@ class Runner:
 
     def _by_smaller(self, case: Case, way: str, work: float, limit: float) -> Message | None:
         """The time that the largest smaller image of the same method leads to expect, if it is too long."""
-        alike = ("suite", "op", "method", "preset", "batch", "dtype", "device")
+        alike = ("suite", "op", "method", "preset", "dtype", "device")
         smaller = [
             row
             for row in self.rows

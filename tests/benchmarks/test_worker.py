@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from benchmarks.worker import End, Limits, run_child
+from benchmarks.worker import PRELOADED, End, Limits, run_child
 from tests.benchmarks import misbehave
 
 
@@ -56,6 +58,20 @@ def test_a_child_of_an_unimportable_function_is_an_error() -> None:
     end, _ = run(_raises)
     assert end.status == "error"
     assert "ZeroDivisionError" in end.reason
+
+
+def test_the_server_that_children_are_forked_from_asks_for_no_gpu() -> None:
+    # Whoever has asked CUDA anything can fork no child that uses it: "Cannot re-initialize CUDA in forked subprocess".
+    code = (
+        "import torch\n"
+        "def refuse(*args): raise SystemExit('asked for a GPU')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = refuse\n"
+        "torch._C._cuda_getDeviceCount = refuse\n"
+        "import importlib\n"
+        f"[importlib.import_module(name) for name in {PRELOADED!r}]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def _raises(argument: object, send: object) -> None:
