@@ -16,7 +16,8 @@ from benchmarks.registry import PRESETS, RESOLUTIONS, SUITES, Selection
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {("cpu", "quick"): 30.0}
-BUDGET = {"quick": 0.2, "default": 0.6, "full": 1.0}
+LIMIT = 70.0
+BUDGET = {"quick": 0.2, "default": 0.4, "full": 1.0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--full", action="store_true", help="every case there is; use --minutes and --resume")
     add("--minutes", type=float, help="start no case after so long; --resume goes on later")
     add("--resume", action="store_true", help="keep the rows that --out holds, and measure what is missing")
-    add("--limit", type=float, help="wall seconds a case may take (60; quick 30 on a CPU)")
+    add("--limit", type=float, help="wall seconds a case may take (70; quick 30 on a CPU)")
     add("--memory", type=float, metavar="GIB", help="memory a case may take (80 %% of what is free)")
     add("--out", type=Path, help="folder for results.jsonl, results.json, results.md and plots (runs/bench/...)")
     add("--report", action="store_true", help="measure nothing: write the report of --out again, and compare it")
@@ -138,7 +139,7 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
     else:
         if file.exists() and not options.resume:
             raise ValueError(f"{file} is there already: --resume goes on with it, another --out leaves it alone")
-        limit = options.limit or SECONDS.get((device, wanted.mode), 60.0)
+        limit = options.limit or SECONDS.get((device, wanted.mode), LIMIT)
         memory = None if options.memory is None else int(options.memory * 2**30)
         settings = Settings(out, limit, BUDGET[wanted.mode], memory, options.minutes, options.resume)
         began = time.monotonic()

@@ -245,15 +245,15 @@ PLANS: dict[tuple[str, str], tuple[Pick, ...]] = {
     ),
     ("cpu", "default"): (
         Pick("attention"),
-        Pick("attention", presets=("M", "L"), resolutions=(32, 64), methods=("eager", "sdpa", "flash")),
+        Pick("attention", presets=("M", "L"), resolutions=(64,), methods=("eager", "sdpa", "flash")),
         Pick("sparse", ops=("local2d:7",), methods=("sparse",)),
         Pick("sparse", ops=("local2d:7",), resolutions=(32, 48, 64, 96, 128), methods=("flex",)),  # lists of 256² take a minute
-        Pick("sparse", ops=("local2d:15", "row_column", "strided"), resolutions=(64,)),
+        Pick("sparse", ops=("row_column", "strided"), resolutions=(64,)),
         Pick("sparse", ops=("local2d:15", "row_column", "strided"), resolutions=(128,), methods=("sparse",)),
         Pick("sparse", ops=("build",), resolutions=(64, 256)),
         Pick("sparse", presets=("M", "L"), ops=("local2d:7",), resolutions=(64,), methods=("sparse",)),
         Pick("decode", resolutions=(32, 64, 128, 256)),
-        Pick("fused", resolutions=(32, 64, 128), methods=("eager", "torch", "ours")),
+        Pick("fused", resolutions=(64, 128), methods=("eager", "torch", "ours")),
         Pick("fused", resolutions=(64,), methods=("compile",)),
         Pick("palette", resolutions=(0, 32, 64, 256)),
         Pick(

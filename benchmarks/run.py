@@ -14,7 +14,7 @@ from benchmarks.registry import Case, Selection
 from benchmarks.worker import End, Limits, Message, Order
 
 CALLS = 10
-"""Calls of the slowest way that a case takes: for memory, for the check, three that are timed, and the faster ways besides."""
+"""Calls of the slowest way that a case takes: for memory, for the check, two or three that are timed, and the faster ways."""
 MARGIN = 1.5
 """How far below the machine's matrix product a lower bound of time is taken: a turbo clock must not hide a feasible case."""
 
@@ -194,11 +194,14 @@ class Runner:
                 return {"status": "oom", "reason": words, "predicted_bytes": size}
         cost = operation.cost(case, way)
         limit = self.settings.seconds / CALLS
+        by_smaller = self._by_smaller(case, way, cost.flops or cost.bytes or cost.count, limit)
+        if by_smaller is not None:
+            return by_smaller
         least = cost.flops / 1e12 / self.rates["matmul_tflops"] / MARGIN if cost.bound == "compute" else 0.0
         if least > limit:
             words = f"predicted: {cost.flops / 1e12:.3g} TFLOP take over {least:.0f} s a call here, the limit is {limit:.0f} s"
-            return {"status": "timeout", "reason": words, "predicted_s": least}
-        return self._by_smaller(case, way, cost.flops or cost.bytes or cost.count, limit)
+            return {"status": "timeout", "reason": words, "predicted_s": float(f"{least:.4g}")}
+        return None
 
     def _by_smaller(self, case: Case, way: str, work: float, limit: float) -> Message | None:
         """The time that the largest smaller image of the same method leads to expect, if it is too long."""

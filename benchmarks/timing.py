@@ -51,7 +51,7 @@ class Times:
 
 
 def measure(run: Callable[[], object], device: str, budget: float) -> Times:
-    """Time `run`, which was called before, within about `budget` seconds: at least 3 calls on a CPU, 5 on a GPU."""
+    """Time `run`, which was called before, within about `budget` seconds: at least 2 calls on a CPU, 5 on a GPU."""
     return gpu_times(run, budget) if device == "cuda" else cpu_times(run, budget)
 
 
@@ -66,14 +66,14 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def cpu_times(run: Callable[[], object], budget: float, least: int = 3, most: int = 40) -> Times:
-    """Seconds of each call; calls far below a millisecond are timed several at once."""
+def cpu_times(run: Callable[[], object], budget: float, most: int = 40) -> Times:
+    """Seconds of each call, at least 3 of them (2 above 2.5 s); calls far below a millisecond are timed several at once."""
     with _uncollected():
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start
         inner = max(1, int(5e-4 / max(first, 1e-9)))
-        count = min(max(int(budget / max(first * inner, 1e-9)), least), most)
+        count = min(max(int(budget / max(first * inner, 1e-9)), 3 if first < 2.5 else 2), most)
         samples = [] if inner > 1 or first < budget / 10 else [first]  # a long call needs no warm-up beyond the check's
         while len(samples) < count:
             start = time.perf_counter()
