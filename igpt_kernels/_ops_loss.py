@@ -26,12 +26,14 @@ _library.define(
     "cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, int ignore_index, float z_loss, bool need_hidden,"
     " bool need_weight) -> (Tensor loss, Tensor dhidden, Tensor dweight)"
 )
-_library.define("cross_entropy_sum_backward(Tensor grad, Tensor dhidden, Tensor dweight) -> (Tensor dhidden, Tensor dweight)")
+_library.define("cross_entropy_scaled(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor")
+_library.define("cross_entropy_scale_(Tensor(a!) gradient, Tensor factor) -> ()")
 
 cross_entropy_rows = torch.ops.igpt_kernels.cross_entropy_rows
 cross_entropy_rows_backward = torch.ops.igpt_kernels.cross_entropy_rows_backward
 cross_entropy_sum = torch.ops.igpt_kernels.cross_entropy_sum
-cross_entropy_sum_backward = torch.ops.igpt_kernels.cross_entropy_sum_backward
+cross_entropy_scaled = torch.ops.igpt_kernels.cross_entropy_scaled
+cross_entropy_scale_ = torch.ops.igpt_kernels.cross_entropy_scale_
 
 
 def _rows(
@@ -88,8 +90,12 @@ def _sum_fake(
     return hidden.new_empty((), dtype=dtype), dhidden, dweight.to(dtype)
 
 
-def _sum_backward_fake(grad: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dhidden), torch.empty_like(dweight, dtype=dhidden.dtype)
+def _scaled_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _scale_fake(gradient: Tensor, factor: Tensor) -> None:
+    """Changes values only."""
 
 
 def _save_rows(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -111,17 +117,32 @@ def _rows_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | Non
 def _save_sum(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.how = inputs[5:]  # type: ignore[attr-defined]
+    hidden, weight, target, *how = inputs
+    ctx.save_for_backward(hidden, weight, target)  # type: ignore[arg-type]
+    ctx.how = tuple(how)  # type: ignore[attr-defined]
+    ctx.made = output[1:]  # type: ignore[attr-defined]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros of the size of dhidden
 
 
 def _sum_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """The gradients of the forward pass, scaled in place: a second dhidden would take as much memory as the logits.
+
+    They are given away with that; who calls backward again (retain_graph) has them made again.
+    """
     if grad is None:
         return (None,) * 7
-    need_hidden, need_weight = ctx.how  # type: ignore[attr-defined]
-    dhidden, dweight = cross_entropy_sum_backward(grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
+    need_hidden, need_weight = ctx.how[2:]  # type: ignore[attr-defined]
+    made, ctx.made = ctx.made, None  # type: ignore[attr-defined]
+    with torch.no_grad():
+        dhidden, dweight = cross_entropy_sum(*ctx.saved_tensors, *ctx.how)[1:] if made is None else made  # type: ignore[attr-defined]
+    dtype = dhidden.dtype
+    # Where a graph is made of this: one to differentiate again, which is an error, or one that torch.compile traces.
+    if torch.is_grad_enabled() or type(grad) is not Tensor:
+        dhidden = cross_entropy_scaled(dhidden, grad, dtype)
+    else:
+        cross_entropy_scale_(dhidden, grad)
+    dweight = cross_entropy_scaled(dweight, grad, dtype)
     return dhidden if need_hidden else None, dweight if need_weight else None, None, None, None, None, None
 
 
@@ -137,18 +158,15 @@ for _name, _run, _fake, _save, _backward in (
     ("cross_entropy_rows", _rows, _rows_fake, _save_rows, _rows_gradients),
     ("cross_entropy_rows_backward", _rows_backward, _rows_backward_fake, _save_nothing, _no_second_derivative),
     ("cross_entropy_sum", torch_loss.cross_entropy_sum, _sum_fake, _save_sum, _sum_gradients),
-    (
-        "cross_entropy_sum_backward",
-        torch_loss.cross_entropy_sum_backward,
-        _sum_backward_fake,
-        _save_nothing,
-        _no_second_derivative,
-    ),
+    ("cross_entropy_scaled", torch_loss.cross_entropy_scaled, _scaled_fake, _save_nothing, _no_second_derivative),
 ):
     # One function for every device: an argument says whether kernels are launched.
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"igpt_kernels::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"igpt_kernels::{_name}", _backward, setup_context=_save, lib=_library)
+
+_library.impl("cross_entropy_scale_", torch_loss.cross_entropy_scale_, "CompositeExplicitAutograd")
+torch.library.register_fake("igpt_kernels::cross_entropy_scale_", _scale_fake, lib=_library)
 
 
 def _product(hidden: torch.Size, weight: torch.Size) -> int:

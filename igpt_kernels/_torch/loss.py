@@ -141,18 +141,25 @@ def cross_entropy_sum(
     return loss.sum(), gradients.dhidden, gradients.dweight
 
 
-def cross_entropy_sum_backward(grad: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator ``igpt_kernels::cross_entropy_sum_backward``: both gradients of the sum times that of the sum, a number.
+def cross_entropy_scale_(gradient: Tensor, factor: Tensor) -> None:
+    """The operator ``igpt_kernels::cross_entropy_scale_``: a gradient of the sum times that of the sum, a number, in place.
 
-    What is 0 stays 0, as the mean over no row at all has the gradient inf.
+    What is 0 stays 0, as the mean over no row at all has the gradient inf. Half dtypes are multiplied in float32, which holds
+    every factor.
     """
-    outs = (torch.empty_like(dhidden), torch.empty_like(dweight, dtype=dhidden.dtype))
-    for x, out in zip((dhidden, dweight), outs, strict=True):
-        for part in _parts(x.shape[0], x.shape[1], x.device):
-            some = x[part].to(grad.dtype)
-            scaled = torch.mul(some, grad, out=out[part]) if out.dtype == grad.dtype else some * grad
-            if grad.is_cuda or not bool(torch.isfinite(grad)):
-                scaled.masked_fill_(some == 0, 0.0)
-            if scaled.dtype != out.dtype:
-                out[part] = scaled
-    return outs
+    masked = factor.is_cuda or not bool(torch.isfinite(factor))  # a GPU would have to be waited for
+    for part in _parts(gradient.shape[0], gradient.shape[1], gradient.device):
+        some = gradient[part]
+        wide = some.to(factor.dtype)
+        scaled = wide * factor if masked or wide is not some else some.mul_(factor)
+        if masked:
+            scaled.masked_fill_(wide == 0, 0.0)
+        if scaled is not some:
+            some.copy_(scaled)
+
+
+def cross_entropy_scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operator ``igpt_kernels::cross_entropy_scaled``: the same in a new tensor, rounded to `dtype` at last."""
+    out = gradient.clone()
+    cross_entropy_scale_(out, factor)
+    return out.to(dtype)

@@ -232,7 +232,8 @@ def test_memory_does_not_grow_with_rows_times_classes() -> None:
         _, lse = torch_loss.cross_entropy_rows(hidden, weight, target, -100, 0.0)
         torch_loss.cross_entropy_rows_backward(torch.ones(rows), hidden, weight, target, lse, -100, 0.0, True, True)
         _, dhidden, dweight = torch_loss.cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True)
-        torch_loss.cross_entropy_sum_backward(torch.ones(()), dhidden, dweight)
+        torch_loss.cross_entropy_scale_(dhidden, torch.ones(()))
+        torch_loss.cross_entropy_scaled(dweight, torch.ones(()), torch.float32)
     assert seen.values == 1 << 20
     with Largest() as seen:
         linear_cross_entropy_reference(hidden, weight, target)

@@ -46,7 +46,9 @@ def test_opcheck(shape: tuple[int, int], layout: str, dtype: torch.dtype) -> Non
         )
         total, dhidden, dweight = _ops_loss.cross_entropy_sum(hidden, weight, target, -100, 0.1, *needed)
         torch.library.opcheck(_ops_loss.cross_entropy_sum, (hidden, weight, target, -100, 0.1, *needed))
-        torch.library.opcheck(_ops_loss.cross_entropy_sum_backward, (total, dhidden, dweight))
+        for gradient in (dhidden, dweight):
+            torch.library.opcheck(_ops_loss.cross_entropy_scaled, (gradient, total, dtype))
+            torch.library.opcheck(_ops_loss.cross_entropy_scale_, (gradient, total))
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
@@ -104,6 +106,19 @@ def test_second_derivative_is_a_clear_error_and_saved_tensors_serve_twice(reduct
     (dhidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
         dhidden.sum().backward()
+
+
+def test_gradients_of_the_sum_are_scaled_in_place_and_made_again() -> None:
+    hidden, weight, target = leaves(20, 7)
+    total, made, _ = _ops_loss.cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True)
+    before = made.clone()
+    (first,) = torch.autograd.grad(2 * total, hidden, retain_graph=True)
+    assert first.data_ptr() == made.data_ptr()
+    torch.testing.assert_close(first, 2 * before)
+    (second,) = torch.autograd.grad(total, hidden)
+    assert second.data_ptr() != made.data_ptr()
+    assert torch.equal(second, before)
+    assert torch.equal(first, made)
 
 
 def test_what_stands_beside_the_loss_is_not_differentiable() -> None:
