@@ -244,3 +244,14 @@ def test_the_torch_backend_on_a_gpu(reduction: str) -> None:
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_that_a_scaler_made_large(backend: str) -> None:
+    """float16 with a gradient of 2¹⁶, which it cannot hold, over so many rows that 1/M alone would be nothing."""
+    hidden, weight, target = inputs(20000, 64, 300, torch.float16)
+    grad = torch.tensor(65536.0, device="cuda")
+    mine = result(lambda h, w: linear_cross_entropy(h, w, target, backend=backend), hidden, weight, grad)
+    exact = result(lambda h, w: linear_cross_entropy_reference(h, w, target), hidden.double(), weight.double(), grad)
+    for got, true in zip(mine[1:], exact[1:], strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=2e-2, atol=2e-3 * float(true.abs().max()))

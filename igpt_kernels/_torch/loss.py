@@ -55,12 +55,15 @@ def _exponentials(logits: Tensor, target: Tensor, ignore_index: int, z_loss: flo
 
 
 def _subtract_target(p: Tensor, grad: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """``p - grad·onehot(target)`` in place; rows that do not count are 0, whatever was in them."""
+    """``p - grad·onehot(target)`` in place; rows that do not count are 0, whatever was in them.
+
+    A row whose target is no class is NaN already; its target stands for class 0 here, so that nothing else is read.
+    """
     ignored = target == ignore_index
     missing = (target < 0) | (target >= p.shape[1])
     if p.is_cuda or bool(ignored.any()):  # a GPU would have to be waited for
         p.masked_fill_(ignored[:, None], 0.0)
-    return p.scatter_add_(1, target.masked_fill(missing, 0)[:, None], -grad.masked_fill(ignored | missing, 0.0)[:, None])
+    return p.scatter_add_(1, target.masked_fill(missing, 0)[:, None], -grad.masked_fill(ignored, 0.0)[:, None])
 
 
 class _Gradients:
@@ -145,7 +148,7 @@ def cross_entropy_scale_(gradient: Tensor, factor: Tensor) -> None:
     """The operator ``igpt_kernels::cross_entropy_scale_``: a gradient of the sum times that of the sum, a number, in place.
 
     What is 0 stays 0, as the mean over no row at all has the gradient inf. Half dtypes are multiplied in float32, which holds
-    every factor.
+    every factor; a GPU would round it first.
     """
     masked = factor.is_cuda or not bool(torch.isfinite(factor))  # a GPU would have to be waited for
     for part in _parts(gradient.shape[0], gradient.shape[1], gradient.device):
