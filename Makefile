@@ -39,7 +39,7 @@ test-hf: env ## Tests of swapped Hugging Face models with another release (TRANS
 
 gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU, time attention. Installs nothing.
 	@$(PYTHON) setup.py -q build_ext --inplace
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_gpu_attention.py tests/test_gpu_sparse.py tests/test_gpu.py; tested=$$?; \
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_gpu_attention.py tests/test_gpu_sparse.py tests/test_gpu_loss.py tests/test_gpu.py; tested=$$?; \
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention; dense=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_sparse; sparse=$$?; \
 	exit $$((tested + dense + sparse))
 

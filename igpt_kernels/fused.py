@@ -74,12 +74,13 @@ def linear_cross_entropy(
         RuntimeError: in a second derivative; only the reference has one.
 
     Under torch.autocast hidden and weight are cast to its dtype; the loss stays float32. Sums are float32 whatever the dtype
-    (the torch backend rounds logits to it, as a linear layer does). Deterministic, bit for bit.
+    (the torch backend rounds logits to it, as a linear layer does). Deterministic, bit for bit. Triton's float32 logits are
+    true float32; the two products of its backward pass follow torch's setting for TF32, which is off by default.
 
     Cost: 2·M·C·V floating point operations, M rows, and twice that backward (Triton computes the logits again: three times;
-    torch makes both gradients in the forward pass of ``"mean"`` and ``"sum"``, where grad mode is on). Memory beyond inputs
-    and gradients: 4 MiB of logits on the CPU, 16 MiB on a GPU (twice that in float32), float32 sums of weight's gradient, and
-    a few values a row.
+    torch makes both gradients in the forward pass of ``"mean"`` and ``"sum"``, where grad mode is on, and in that of every
+    further backward call). Memory beyond inputs and gradients: 4 MiB of logits on the CPU, 16 MiB on a GPU (twice that in
+    float32), float32 sums of weight's gradient, and a few values a row.
     """
     hidden, weight = autocast(hidden, weight)
     hidden, weight, target = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)
