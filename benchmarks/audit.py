@@ -3,12 +3,14 @@
 Each launcher runs with real arguments, but its kernels are only compiled, for a chip that need not be here, so what is
 audited is what would be launched. A row fails on a spill (local memory), on more shared memory than the chip gives a
 program, and on sm_90 when a 16-bit product is no warpgroup MMA, or when ptxas made the products wait for each other
-(its warning C7515: then there are as many waits as products).
+(its warning C7515: then there are as many waits as products). Kernels that only move memory (norm, activation) fail where
+their loads and stores are not 16 bytes wide, or where fewer programs fit on a multiprocessor than are launched for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -26,7 +28,17 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from igpt_kernels import layouts, tuning
-from igpt_kernels._triton import decode, flash_backward, flash_forward, sparse_backward, sparse_decode, sparse_forward
+from igpt_kernels._triton import (
+    decode,
+    flash_backward,
+    flash_forward,
+    linear_cross_entropy,
+    quick_gelu,
+    rms_norm,
+    sparse_backward,
+    sparse_decode,
+    sparse_forward,
+)
 
 # Table of configurations -> the chip it is compiled for, and the shared memory that chip gives one program (CUDA C++
 # programming guide, "technical specifications per compute capability").
@@ -39,7 +51,15 @@ PRODUCTS = (
     "sparse_forward",
     "sparse_backward_keys",
     "sparse_backward_queries",
+    "cross_entropy_forward",
+    "cross_entropy_backward",
 )
+MOVERS = ("rms_norm_forward", "rms_norm_backward", "quick_gelu_forward", "quick_gelu_backward")
+"""Kernels bound by memory alone, whose tables list widths."""
+WIDTHS = (512, 1024, 1536)
+"""Of Image GPT's rows; what its activation sees is four times as wide. Compiled beside the listed ones."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor, 32 bits each, on all these chips."""
 WITHOUT_WGMMA = {("sparse_backward_keys", 256)}
 """Rows whose products need not be warpgroup MMAs: of 17 configurations tried every one that had them spilled."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,7 +72,8 @@ class Row:
     table: str
     kernel: str
     bits: int
-    head_dim: int
+    size: int
+    """Head dim, width of a row, or classes."""
     config: tuple[int, int, int, int]
     registers: int
     spills: int
@@ -62,6 +83,10 @@ class Row:
     wgmma: int
     mma: int
     waits: int
+    wide: int
+    """Loads and stores of global memory that move 16 bytes a thread."""
+    narrow: int
+    """Those that move less."""
     problems: tuple[str, ...]
 
 
@@ -102,8 +127,53 @@ def compile_only(capability: int) -> Iterator[list[tuple[str, triton.compiler.Co
             driver.reset_active()  # where there is no GPU there is no driver to go back to
 
 
+def launch_mover(kernel: str, width: int, dtype: torch.dtype, config: tuning.Config) -> None:
+    """Call the launcher of a norm or an activation: alone, and with all that it can take along.
+
+    In float32 that is a half-precision branch that joins a float32 residual, as under autocast.
+    """
+    x, weight, rstd = torch.empty(64, width, dtype=dtype), torch.empty(width, dtype=dtype), torch.empty(64)
+    branch = x.to(torch.bfloat16)
+    narrow = None if dtype == branch.dtype else branch.dtype
+    if kernel == "rms_norm_forward":
+        rms_norm.launch_rms_norm_forward(x, None, weight, eps=1e-5, config=config)
+        rms_norm.launch_rms_norm_forward(branch, x, weight, eps=1e-5, config=config)
+    elif kernel == "rms_norm_backward":
+        rms_norm.launch_rms_norm_backward(x, None, x, weight, rstd, config=config)
+        rms_norm.launch_rms_norm_backward(x, x, x, weight, rstd, narrow=narrow, config=config)
+    elif kernel == "quick_gelu_forward":
+        quick_gelu.launch_quick_gelu_forward(x, None, config=config)
+        quick_gelu.launch_quick_gelu_forward(x, weight, config=config)
+    else:
+        quick_gelu.launch_quick_gelu_backward(x, x, None, config=config)
+        quick_gelu.launch_quick_gelu_backward(x, x, weight, config=config)
+
+
+def launch_loss(kernel: str, vocab: int, dtype: torch.dtype, config: tuning.Config) -> None:
+    """Call a launcher of the loss on rows of Image GPT, and where the smallest entry is asked for on rows of 100 values.
+
+    Those are what that entry serves whatever the vocabulary, because a load takes less than 16 bytes of them.
+    """
+    for width in (512, 100) if vocab <= 64 else (512,):
+        hidden, weight = torch.empty(256, width, dtype=dtype), torch.empty(vocab, width, dtype=dtype)
+        target, grad = torch.zeros(256, dtype=torch.int64), torch.empty(()).expand(256)
+        if kernel == "cross_entropy_forward":
+            linear_cross_entropy.launch_cross_entropy_forward(
+                hidden, weight, target, ignore_index=-100, z_loss=0.0, config=config
+            )
+        else:
+            linear_cross_entropy.launch_cross_entropy_backward(
+                grad, hidden, weight, target, torch.empty(256), ignore_index=-100, z_loss=0.0, need_hidden=False,
+                need_weight=False, config=config, chunk=256,
+            )  # fmt: skip
+
+
 def launch(kernel: str, head_dim: int, dtype: torch.dtype, config: tuning.Config, other: tuning.Config) -> None:
     """Call the launcher of a kernel on views of a fused [B,T,3,H,D] tensor, as a model makes them."""
+    if kernel in MOVERS:
+        return launch_mover(kernel, head_dim, dtype, config)
+    if kernel.startswith("cross_entropy"):
+        return launch_loss(kernel, head_dim, dtype, config)
     fused = torch.empty(2, 256, 3, 4, head_dim, dtype=dtype)
     q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
     lse = torch.empty(2, 4, 256)
@@ -127,59 +197,82 @@ def launch(kernel: str, head_dim: int, dtype: torch.dtype, config: tuning.Config
         )
 
 
+@functools.cache
+def disassemble(cubin: bytes) -> str:
+    """What cuobjdump says of a kernel: its resources and its machine code. Several configurations may share one."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def inspect(kernel: triton.compiler.CompiledKernel) -> tuple[int, Callable[[str], int]]:
     """Registers of a compiled kernel, and a counter of instructions in its machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers = re.search(r"REG:(\d+)", usage)
+    text = disassemble(kernel.asm["cubin"])
+    registers = re.search(r"REG:(\d+)", text)
     if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage[:200]!r}")
-    return int(registers.group(1)), lambda pattern: len(re.findall(pattern, code))
+        raise RuntimeError(f"cuobjdump printed no register count: {text[:200]!r}")
+    return int(registers.group(1)), lambda pattern: len(re.findall(pattern, text))
 
 
-def audit(table: str, kernel: str, bits: int, head_dim: int, config: tuning.Config | None = None) -> list[Row]:
+def mover_problems(name: str, config: tuning.Config, registers: int, wide: int, narrow: int) -> list[str]:
+    """What is wrong with a kernel that only moves memory."""
+    problems = []
+    if narrow >= wide:
+        problems.append(f"{narrow} of {narrow + wide} loads and stores are narrow")
+    if name.endswith("backward_kernel") and registers * 32 * config.num_warps * config.num_stages > REGISTERS:
+        problems.append(f"{config.num_stages} programs of {registers} registers do not fit on a multiprocessor")
+    return problems
+
+
+def audit(table: str, kernel: str, bits: int, size: int, config: tuning.Config | None = None) -> list[Row]:
     """Compile one configuration (the table's, or `config`) and look at it; one row for each kernel launched."""
     capability, limit = TARGETS[table]
     shipped = tuning.table(table)
-    chosen = tuning.nearest(shipped, kernel, bits, head_dim) if config is None else config
-    other = tuning.nearest(shipped, tuning.PAIRS.get(kernel, kernel), bits, head_dim)
+    chosen = tuning.nearest(shipped, kernel, bits, size) if config is None else config
+    other = tuning.nearest(shipped, tuning.PAIRS.get(kernel, kernel), bits, size)
     with compile_only(capability) as compiled:
-        launch(kernel, head_dim, DTYPES[bits], chosen, other)
+        launch(kernel, size, DTYPES[bits], chosen, other)
     rows = []
     for name, result in compiled:
         if kernel in PRODUCTS and kernel not in name:
             continue
         registers, count = inspect(result)
         spills, wgmma, mma, waits = (count(p) for p in (r"\b(?:STL|LDL)\b", r"\bHGMMA\.", r"\bHMMA\.", r"WARPGROUP\.DEPBAR"))
+        wide = count(r"\b(?:LDG|STG)\.\S*\b128\b")
+        narrow = count(r"\b(?:LDG|STG)\.") - wide
         shared = int(result.metadata.shared)
         problems = []
         if spills:
             problems.append("spills")
         if shared > limit:
             problems.append(f"{shared} bytes of shared memory, the chip has {limit}")
-        if kernel in PRODUCTS and bits == 16 and table == "sm_90" and (kernel, head_dim) not in WITHOUT_WGMMA:
+        if kernel in PRODUCTS and bits == 16 and table == "sm_90" and (kernel, size) not in WITHOUT_WGMMA:
             if not wgmma:
                 problems.append("no WGMMA")
             elif waits >= wgmma:
                 problems.append("WGMMA serialised")
+        if kernel in MOVERS and name != "_sum_partials_kernel":
+            problems += mover_problems(name, chosen, registers, wide, narrow)
         sizes = (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)
         short = name.strip("_").removesuffix("_kernel")
-        rows.append(Row(table, short, bits, head_dim, sizes, registers, spills, shared, wgmma, mma, waits, tuple(problems)))
+        rows.append(
+            Row(table, short, bits, size, sizes, registers, spills, shared, wgmma, mma, waits, wide, narrow, tuple(problems))
+        )
     return rows
 
 
 def shipped_cases(tables: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
-    """Every entry of the tables, at the head dim it is listed for, and 96 where a wider entry serves it."""
+    """Every entry of the tables, at the size it is listed for, and those of Image GPT that a wider entry serves."""
     for table in tables:
         for kernel, by_bits in tuning.table(table).items():
             for bits, dims in by_bits.items():
-                for head_dim in sorted({int(dim) for dim in dims} | {96}):
-                    yield table, kernel, int(bits), head_dim
+                times = 4 if kernel.startswith("quick_gelu") else 1
+                models = {times * width for width in WIDTHS} if kernel in MOVERS else {96}
+                models = {512} if kernel.startswith("cross_entropy") else models
+                for size in sorted({int(dim) for dim in dims} | models):
+                    yield table, kernel, int(bits), size
 
 
 def ptxas_version() -> str:
@@ -200,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"tables must be of {', '.join(TARGETS)}; got {table}")
     if not options.json:
         print(f"triton {triton.__version__}, ptxas {ptxas_version()}; config is block_m, block_n, num_warps, num_stages")
-        print(f"{'table':8} {'kernel':24} bits   D  {'config':>15} regs spills  shared WGMMA   MMA waits  verdict")
+        print(f"{'table':8} {'kernel':24} bits size {'config':>15} regs spills  shared WGMMA   MMA waits wide narrow  verdict")
     failed = total = 0
     for case in shipped_cases(options.tables):
         for row in audit(*case):
@@ -211,8 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             config = ",".join(map(str, row.config))
             print(
-                f"{row.table:8} {row.kernel:24} {row.bits:>4} {row.head_dim:>3}  {config:>15} {row.registers:>4} "
-                f"{row.spills:>6} {row.shared:>7} {row.wgmma:>5} {row.mma:>5} {row.waits:>5}  "
+                f"{row.table:8} {row.kernel:24} {row.bits:>4} {row.size:>4} {config:>15} {row.registers:>4} "
+                f"{row.spills:>6} {row.shared:>7} {row.wgmma:>5} {row.mma:>5} {row.waits:>5} {row.wide:>4} {row.narrow:>6}  "
                 f"{'; '.join(row.problems) or 'ok'}",
                 flush=True,
             )

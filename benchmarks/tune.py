@@ -1,4 +1,4 @@
-"""Time candidate configurations of every attention kernel on this GPU and write the device's own table: ``make tune``.
+"""Time candidate configurations of every kernel on this GPU and write the device's own table: ``make tune``.
 
 A candidate is timed only if its result is within the error budget; what does not compile, does not fit or computes wrong is
 left out. The table goes to ``igpt_kernels/configs/<device>.json``, which `igpt_kernels.tuning` prefers to the family's.
@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import tune_rows
 from benchmarks.cases_attention import inputs
 from benchmarks.timing import milliseconds
 from igpt_kernels import layouts, testing, tuning
@@ -105,16 +106,32 @@ def truth(kernel: str, tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
     return [result.out] if kernel.endswith("forward") else [result.dq, result.dk, result.dv]
 
 
+Call = Callable[[tuning.Config, tuning.Config], list[Tensor]]
+
+
+def prepared(kernel: str, bits: str, size: int) -> tuple[Call, Call, list[Tensor], list[Tensor]]:
+    """A small call to check a candidate with and a large one to time it, and what the small one should give: exact, eager."""
+    dtype = DTYPES[bits]
+    if kernel in tune_rows.KERNELS:
+        tensors = tune_rows.material(kernel, size, dtype)
+        few = tune_rows.some(kernel, tensors, 500)
+        exact = tune_rows.truth(kernel, [x.double() if x.is_floating_point() else x for x in few])
+        return tune_rows.runner(kernel, few), tune_rows.runner(kernel, tensors), exact, tune_rows.truth(kernel, few)
+    qkv, grad = inputs(1, 8, TOKENS, size)
+    tensors = [x.detach().to(dtype) for x in (*qkv, grad)]
+    scale = size**-0.5
+    few = [x[:, :2, :500] for x in tensors]
+    exact = truth(kernel, [x.double() for x in few], scale)
+    return runner(kernel, few, scale), runner(kernel, tensors, scale), exact, truth(kernel, few, scale)
+
+
 def best(kernel: str, bits: str, head_dim: int, shipped: tuning.Config, other: tuning.Config) -> tuning.Config:
     """The fastest verified candidate; the shipped configuration where none is faster by 2 %."""
-    qkv, grad = inputs(1, 8, TOKENS, head_dim)
-    q, k, v, grad = (x.detach().to(DTYPES[bits]) for x in (*qkv, grad))
-    scale = head_dim**-0.5
-    small = [x[:, :2, :500] for x in (q, k, v, grad)]
-    eager, exact = truth(kernel, small, scale), truth(kernel, [x.double() for x in small], scale)
-    check, run = runner(kernel, small, scale), runner(kernel, [q, k, v, grad], scale)
+    check, run, exact, eager = prepared(kernel, bits, head_dim)
+    rows = kernel in tune_rows.KERNELS
+    tried = tune_rows.candidates(kernel, bits, head_dim) if rows else candidates(kernel, bits)
     found: list[tuple[float, tuning.Config]] = []
-    for config in dict.fromkeys([shipped, *candidates(kernel, bits)]):
+    for config in dict.fromkeys([shipped, *tried]):
         try:
             for mine, true, low in zip(check(config, other), exact, eager, strict=True):
                 testing.error_ratio(mine, true, low, factor=3, floor=8.0)
@@ -125,7 +142,9 @@ def best(kernel: str, bits: str, head_dim: int, shipped: tuning.Config, other: t
                 raise
             print(f"  {astuple(config)}: {type(error).__name__}", flush=True)
     fastest, config = min(found, key=lambda pair: pair[0])
-    print(f"{kernel} {bits} bits D={head_dim}: {astuple(config)} {fastest:.3f} ms, shipped {found[0][0]:.3f} ms", flush=True)
+    print(
+        f"{kernel} {bits} bits, size {head_dim}: {astuple(config)} {fastest:.3f} ms, shipped {found[0][0]:.3f} ms", flush=True
+    )
     return config if fastest < 0.98 * found[0][0] else shipped
 
 

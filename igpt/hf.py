@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -228,7 +228,7 @@ def _norm(module: Any, tensor: Tensor) -> Tensor:
     backend = switch.active(module, "norm")
     if backend is None:
         return _plain(module, tensor)
-    return cast(Tensor, rms_norm(tensor, module.weight, eps=module.eps, backend=backend))
+    return rms_norm(tensor, module.weight, eps=module.eps, backend=backend)
 
 
 def _activation(module: Any, input: Tensor) -> Tensor:

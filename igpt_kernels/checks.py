@@ -69,14 +69,14 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The softmax scale: 1/sqrt(D) when None. Raises ValueError unless it is a finite number."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     return float(scale)
 
 
 def check_eps(eps: float) -> float:
     """What is added to a mean of squares. Raises ValueError unless it is a finite number, not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite number from 0 on, got {eps!r}")
     return float(eps)
 

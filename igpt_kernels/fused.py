@@ -5,35 +5,103 @@ Letters: C width of a row, M rows (all dimensions but the last), V classes.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
-from igpt_kernels import _ops_loss, backends, reference
+from igpt_kernels import _ops_fused, _ops_loss, backends, reference
 from igpt_kernels.checks import autocast, check_beside, check_eps, check_loss, check_rows
 
 
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: None = None, backend: str = "auto") -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square norm of each row: ``x * rsqrt(mean(x^2) + eps) * weight``, the mean over the last dimension."""
+    """Root-mean-square norm of each row: ``s * rsqrt(mean(s^2) + eps) * weight``, with ``s = x`` or ``x + residual``.
+
+    Half dtypes are computed in float32; the normed row is rounded to the dtype of s, and the product with the weight to the
+    dtype that both promote to. So float32 weights give float32 rows, as in Image GPT's own code, whose residual stream
+    torch.autocast leaves in float32: autocast casts nothing here.
+
+    Args:
+        x: [..., C], float16, bfloat16, float32 or float64; any strides.
+        weight: [C]. Its dtype may differ from that of x (float64 goes with float64 only).
+        eps: added to the mean of the squares; not negative.
+        residual: of the shape of x, added first; its dtype may differ too.
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA, C up to 8192), ``"torch"`` (a few passes of torch,
+            any device) or ``"reference"`` (eager). A name never falls back; `igpt_kernels.explain` says what auto takes.
+
+    Returns:
+        [..., C], contiguous; with a residual, that and s (in the dtype that x and residual promote to), which is what the
+        next layer adds to. Gradients flow through both.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
+        BackendUnavailable: the backend asked for cannot run, with its reasons.
+        RuntimeError: in a second derivative; only the reference has one.
+
+    The backward pass is deterministic, bit for bit, the weight's gradient too (partial sums in float32 in a fixed order).
+
+    Cost: bound by memory: reads x once and writes once, backward reads twice and writes once. Kept for the backward pass:
+    s and one number a row; plain torch keeps two tensors, at half dtypes one of them in float32. Inputs whose rows do not
+    lie at one distance from each other, or whose values are not adjacent, are copied first. Zhang and Sennrich, "Root Mean
+    Square Layer Normalization", 2019.
+    """
     x = check_rows(x)
     weight = check_beside("weight", weight, x, x.shape[-1:])
     eps = check_eps(eps)
     if residual is not None:
         residual = check_beside("residual", residual, x, x.shape)
     table = backends.explain("rms_norm", dtype=x.dtype, device=x.device, width=x.shape[-1])
-    backends.choose(backend, table, "rms_norm")
-    return reference.rms_norm_reference(x, weight, eps=eps, residual=residual)
+    chosen = backends.choose(backend, table, "rms_norm")
+    if chosen == "reference":
+        return reference.rms_norm_reference(x, weight, eps=eps, residual=residual)
+    if residual is None:
+        return _ops_fused.rms_norm_forward(x, weight, eps, chosen == "triton")[0]
+    return _ops_fused.add_rms_norm_forward(x, residual, weight, eps, chosen == "triton")[:2]
 
 
 def quick_gelu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """Image GPT's activation: ``z * sigmoid(1.702 * z)`` with ``z = x + bias``."""
+    """Image GPT's activation: ``z * sigmoid(1.702 * z)`` with ``z = x`` or ``x + bias``.
+
+    Half dtypes are computed in float32 and rounded once. torch.autocast casts nothing here: a linear layer before it gives
+    its dtype already.
+
+    Args:
+        x: [..., C], float16, bfloat16, float32 or float64; any strides.
+        bias: [C], for a linear layer that left its own to this function; its dtype may differ from that of x (float64 goes
+            with float64 only), the result has the dtype of x all the same.
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (a few passes of torch, any device) or
+            ``"reference"`` (eager). A name never falls back; `igpt_kernels.explain` says what auto takes.
+
+    Returns:
+        [..., C], dtype of x, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
+        BackendUnavailable: the backend asked for cannot run, with its reasons.
+        RuntimeError: in a second derivative; only the reference has one.
+
+    The backward pass is deterministic, bit for bit, the bias's gradient too (partial sums in float32 in a fixed order).
+
+    Cost: bound by memory: reads x once and writes once, backward reads twice and writes once. Kept for the backward pass: x
+    and bias; the sigmoid is computed again, plain torch keeps it. Inputs whose rows do not lie at one distance from each
+    other, or whose values are not adjacent, are copied first. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    """
     x = check_rows(x)
     if bias is not None:
         bias = check_beside("bias", bias, x, x.shape[-1:])
     table = backends.explain("quick_gelu", dtype=x.dtype, device=x.device, width=x.shape[-1])
-    backends.choose(backend, table, "quick_gelu")
-    return reference.quick_gelu_reference(x, bias=bias)
+    chosen = backends.choose(backend, table, "quick_gelu")
+    if chosen == "reference":
+        return reference.quick_gelu_reference(x, bias=bias)
+    return _ops_fused.quick_gelu_forward(x, bias, chosen == "triton")
 
 
 def linear_cross_entropy(

@@ -24,6 +24,8 @@ PAIRS = {
     for one, other in (("keys", "queries"), ("queries", "keys"))
 }
 """Backward kernels that one launcher launches together."""
+WIDEST = 8192
+"""Widest row that a table lists; wider ones, where a kernel takes them, run with its configuration."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Config:
     """How one kernel is compiled and launched.
 
     Attributes:
-        block_m: rows of queries in a tile; a power of two.
-        block_n: rows of keys in a tile; a power of two.
+        block_m: rows (attention: of queries) in a tile; a power of two.
+        block_n: columns (attention: rows of keys) in a tile; a power of two.
         num_warps: warps of 32 threads in a program.
-        num_stages: tiles in flight between memory and the multiplications.
+        num_stages: tiles in flight between memory and the multiplications; where nothing is multiplied (norm, activation),
+            programs that a multiprocessor holds at once.
     """
 
     block_m: int
@@ -50,7 +53,7 @@ class Config:
 
 @functools.cache
 def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Config]]]:
-    """The configurations of one file: kernel -> bits of the dtype -> largest head dim -> Config.
+    """The configurations of one file: kernel -> bits of the dtype -> largest head dim (or width) -> Config.
 
     Raises:
         ValueError: the file is not a table of configurations.
@@ -90,7 +93,7 @@ def lookup(kernel: str, *, dtype: torch.dtype, head_dim: int, device: torch.devi
     Args:
         kernel: name of a kernel, for example ``"flash_forward"``.
         dtype: dtype of the inputs.
-        head_dim: width of a head, up to 256.
+        head_dim: width of a head, up to 256; of a row, up to `WIDEST`, for kernels that know no heads.
         device: where it will run; any device but a GPU takes the default.
 
     Raises:

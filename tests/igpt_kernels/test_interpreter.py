@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = {"attention": 500, "sparse": 500, "loss": 250, "tune": 1}
+CASES = {"attention": 500, "sparse": 500, "loss": 250, "fused": 500, "tune": 1}
 
 
 @pytest.mark.parametrize("room", CASES)

@@ -16,7 +16,9 @@ from igpt_kernels import tuning
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
 PRODUCTS = {f"{kind}_{way}" for kind in ("flash", "sparse") for way in ("forward", "backward_keys", "backward_queries")}
-KERNELS = sorted({*PRODUCTS, "decode", "sparse_decode"})
+LOSS = {"cross_entropy_forward", "cross_entropy_backward"}
+MOVERS = {"rms_norm_forward", "rms_norm_backward", "quick_gelu_forward", "quick_gelu_backward"}
+KERNELS = sorted({*PRODUCTS, *LOSS, *MOVERS, "decode", "sparse_decode"})
 
 
 def test_families_have_tables() -> None:
@@ -26,14 +28,15 @@ def test_families_have_tables() -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_head_dim_has_a_configuration(table: str, kernel: str) -> None:
+def test_every_size_has_a_configuration(table: str, kernel: str) -> None:
     configs = tuning.table(table)
     assert set(configs) == set(KERNELS)
+    largest = 8192 if kernel in LOSS | MOVERS else 256
     for bits in (16, 32):
-        for head_dim in range(1, 257):
-            tuning.nearest(configs, kernel, bits, head_dim)
-    with pytest.raises(ValueError, match="head_dim 257"):
-        tuning.nearest(configs, kernel, 16, 257)
+        for size in range(1, largest + 1):
+            tuning.nearest(configs, kernel, bits, size)
+    with pytest.raises(ValueError, match=f"head_dim {largest + 1}"):
+        tuning.nearest(configs, kernel, 16, largest + 1)
 
 
 def test_the_smallest_entry_that_fits_is_taken() -> None:
@@ -77,13 +80,13 @@ def test_audit_finds_nothing(table: str) -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, [row for row in rows if row["problems"]] or done.stderr[-3000:]
     assert len(rows) >= 100
-    assert {row["kernel"] for row in rows} == {*KERNELS, "decode_merge"}
+    assert {row["kernel"] for row in rows} == {*KERNELS, "decode_merge", "quick_gelu_flat", "sum_partials"}
     if table == "sm_90":
-        products = [row for row in rows if row["bits"] == 16 and row["kernel"] in PRODUCTS]
-        assert {(row["kernel"], row["head_dim"]) for row in products if not row["wgmma"]} <= {("sparse_backward_keys", 256)}
+        products = [row for row in rows if row["bits"] == 16 and row["kernel"] in PRODUCTS | LOSS]
+        assert {(row["kernel"], row["size"]) for row in products if not row["wgmma"]} <= {("sparse_backward_keys", 256)}
 
 
-def test_audit_sees_spills_and_serialised_products() -> None:
+def test_audit_sees_what_it_looks_for() -> None:
     code = """
         from benchmarks import audit
         from igpt_kernels.tuning import Config
@@ -93,6 +96,10 @@ def test_audit_sees_spills_and_serialised_products() -> None:
         assert any("shared memory" in problem for problem in large[0].problems), large
         serial = audit.audit("sm_90", "flash_forward", 16, 192, Config(128, 64, 8, 2))
         assert "WGMMA serialised" in serial[0].problems, serial
+        odd = audit.audit("sm_90", "rms_norm_forward", 16, 1001)
+        assert all("narrow" in row.problems[0] for row in odd), odd
+        crowd = audit.audit("sm_90", "rms_norm_backward", 16, 512, Config(8, 512, 4, 9))
+        assert "9 programs of" in crowd[0].problems[0], crowd
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

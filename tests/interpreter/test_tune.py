@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import tune
+from benchmarks import tune, tune_rows
 from igpt_kernels import tuning
 from igpt_kernels.tuning import Config
 
@@ -25,9 +25,13 @@ def test_the_fastest_right_candidate_is_taken(kernel: str, monkeypatch: pytest.M
     times = {SHIPPED: 3.0, FAST: 2.0, WRONG: 1.0}
     monkeypatch.setattr(tune, "inputs", small_inputs)
     monkeypatch.setattr(tune, "candidates", lambda kernel, bits: [WRONG, FAST])
+    monkeypatch.setattr(tune_rows, "candidates", lambda kernel, bits, size: [WRONG, FAST])
+    monkeypatch.setattr(tune_rows, "ROWS", 40)
+    monkeypatch.setattr(tune_rows, "material", functools.partial(tune_rows.material, device="cpu"))
+    room = tune_rows if kernel in tune_rows.KERNELS else tune
     monkeypatch.setattr(tune, "milliseconds", lambda run, repeats: (times[run.args[0]], 0.0, 0.0))
     assert tune.best(kernel, "32", 16, SHIPPED, SHIPPED) == WRONG
-    original = tune.runner
+    original = room.runner
 
     def broken(*arguments: object) -> object:
         call = original(*arguments)  # type: ignore[arg-type]
@@ -36,7 +40,7 @@ def test_the_fastest_right_candidate_is_taken(kernel: str, monkeypatch: pytest.M
     def broken_partial(*arguments: object) -> object:
         return functools.partial(broken(*arguments))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tune, "runner", broken_partial)
+    monkeypatch.setattr(room, "runner", broken_partial)
     assert tune.best(kernel, "32", 16, SHIPPED, SHIPPED) == FAST
     times[FAST] = 2.99
     assert tune.best(kernel, "32", 16, SHIPPED, SHIPPED) == SHIPPED

@@ -1,0 +1,370 @@
+"""The kernels of norm and activation in Triton's interpreter, on the CPU, against the oracle in float64.
+
+Runs in a process of its own with TRITON_INTERPRET=1 (tests/igpt_kernels/test_interpreter.py starts it). The interpreter has
+four persistent programs where a GPU has hundreds, so that 5 tiles of rows already make one of them walk.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from igpt_kernels import testing, tuning
+from igpt_kernels._triton.quick_gelu import launch_quick_gelu_backward, launch_quick_gelu_forward
+from igpt_kernels._triton.rms_norm import launch_rms_norm_backward, launch_rms_norm_forward
+from igpt_kernels._triton.rows import as_rows, launch_sum_partials
+from igpt_kernels.reference import quick_gelu_reference, rms_norm_reference
+from igpt_kernels.tuning import Config
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WIDTHS = [1, 2, 7, 16, 31, 32, 33, 48, 64, 65, 96, 100, 128, 200, 255, 256, 257]
+
+
+def matrix(rows: int, width: int, dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
+    """[rows, width] with NaN around it; heads_last and fused_qkv have rows far apart, stepped has gaps between values."""
+    return testing.make_input((1, 1, rows, width), dtype=dtype, seed=seed, layout=layout)[0, 0]
+
+
+def tile(width: int, block_m: int) -> Config:
+    return Config(block_m, 1 << (width - 1).bit_length(), 4, 1)
+
+
+class Norm(torch.autograd.Function):
+    """The two launchers as one differentiable function of x, residual and weight: the norm, and the sum with a residual."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, config):  # type: ignore[no-untyped-def]
+        out, summed, rstd = launch_rms_norm_forward(x, residual, weight, eps=eps, config=config)
+        ctx.save_for_backward(x if summed is None else summed, weight, rstd)
+        ctx.how = config, x.dtype, None if residual is None else residual.dtype
+        return (out, rstd) if summed is None else (out, rstd, summed)
+
+    @staticmethod
+    def backward(ctx, grad, _, grad_summed=None):  # type: ignore[no-untyped-def]
+        config, *dtypes = ctx.how
+        s = ctx.saved_tensors[0]
+        narrow = next((dtype for dtype in dtypes if dtype not in (None, s.dtype)), None)
+        ds, low, dweight = launch_rms_norm_backward(grad, grad_summed, *ctx.saved_tensors, narrow=narrow, config=config)
+        dx, dresidual = (None if dtype is None else low if dtype == narrow else ds for dtype in dtypes)
+        return dx, dresidual, dweight, None, None
+
+
+class Gelu(torch.autograd.Function):
+    """The two launchers as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, x, bias, config):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, bias)
+        ctx.how = config
+        return launch_quick_gelu_forward(x, bias, config=config)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return *launch_quick_gelu_backward(grad, *ctx.saved_tensors, config=ctx.how), None
+
+
+def run(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of `function`, and the gradients of all inputs but those that are None."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    given = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=True)]
+    found = torch.autograd.grad(outputs, [x for x in leaves if x is not None], given)
+    return [out.detach() for out in outputs], list(found)
+
+
+def check(
+    ours: Callable[..., Sequence[Tensor]],
+    oracle: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> None:
+    """Outputs and gradients within the budgets of eager at the same dtypes, and nothing written outside of the outputs."""
+    with testing.GuardBands() as guards:
+        actual = run(ours, inputs, grads)
+    assert guards.check() >= 2
+    eager = run(oracle, inputs, grads)
+    exact = run(oracle, [None if x is None else x.double() for x in inputs], [grad.double() for grad in grads])
+    for index, (mine, low, true) in enumerate(zip(actual[0], eager[0], exact[0], strict=True)):
+        assert mine.dtype == low.dtype
+        assert mine.is_contiguous()
+        testing.error_ratio(mine, true, low, factor=testing.OUTPUT_FACTOR, name=f"output {index}")
+    for index, (mine, low, true) in enumerate(zip(actual[1], eager[1], exact[1], strict=True)):
+        assert mine.dtype == low.dtype
+        # A row of one value, normed, is its sign: the gradient cancels to eps / x² of its terms.
+        floor = max(float(grad.double().abs().max()) for grad in grads) * 4
+        testing.error_ratio(mine, true, low, factor=testing.GRADIENT_FACTOR, floor=floor, name=f"gradient {index}")
+
+
+def check_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-5, config: Config | None = None, seed: int = 9
+) -> None:
+    grads = [matrix(x.shape[0], x.shape[1], x.dtype, seed + i) for i in range(1 if residual is None else 2)]
+
+    def ours(x: Tensor, residual: Tensor | None, weight: Tensor) -> list[Tensor]:
+        out, _, *summed = Norm.apply(x, residual, weight, eps, config)
+        return [out, *summed]
+
+    def oracle(x: Tensor, residual: Tensor | None, weight: Tensor) -> list[Tensor]:
+        found = rms_norm_reference(x, weight, eps=eps, residual=residual)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    check(ours, oracle, [x, residual, weight], grads)
+
+
+def check_gelu(x: Tensor, bias: Tensor | None = None, *, grad: Tensor | None = None, config: Config | None = None) -> None:
+    grad = matrix(x.shape[0], x.shape[1], x.dtype, 9) if grad is None else grad
+    check(
+        lambda x, bias: [Gelu.apply(x, bias, config)], lambda x, bias: [quick_gelu_reference(x, bias=bias)], [x, bias], [grad]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_widths(width: int, dtype: torch.dtype) -> None:
+    check_norm(matrix(11, width, dtype, 0, "offset"), matrix(1, width, dtype, 1)[0], config=tile(width, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 32, 33, 100, 256])
+def test_norm_with_a_residual(width: int, dtype: torch.dtype) -> None:
+    x, residual = matrix(13, width, dtype, 0), matrix(13, width, dtype, 2, "heads_last")
+    check_norm(x, matrix(1, width, dtype, 1)[0], residual, config=tile(width, 2))
+
+
+@pytest.mark.parametrize("block_m", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 16, 17, 33, 40])
+def test_norm_rows(rows: int, block_m: int) -> None:
+    x, residual = (matrix(rows, 24, torch.float32, seed) for seed in (0, 2))
+    check_norm(x, matrix(1, 24, torch.float32, 1)[0], residual, config=tile(24, block_m))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("beside", testing.LAYOUTS)
+def test_norm_strides(layout: str, beside: str, dtype: torch.dtype) -> None:
+    x, residual = matrix(9, 40, dtype, 0, layout), matrix(9, 40, dtype, 2, beside)
+    weight = matrix(1, 40, dtype, 1, "stepped")[0]
+    check_norm(x, weight, residual, config=tile(40, 2))
+    check_norm(x, weight, config=tile(40, 2))
+
+
+MIXED = [(x, residual, weight) for x in DTYPES for residual in (None, *DTYPES) for weight in DTYPES]
+
+
+@pytest.mark.parametrize(("of_x", "of_residual", "of_weight"), MIXED, ids=str)
+def test_norm_of_mixed_dtypes(of_x: torch.dtype, of_residual: torch.dtype | None, of_weight: torch.dtype) -> None:
+    """Float32 master weights and a float32 residual stream beside half-precision branches, and all other mixtures."""
+    x, weight = matrix(9, 48, of_x, 0), matrix(1, 48, of_weight, 1)[0]
+    residual = None if of_residual is None else matrix(9, 48, of_residual, 2)
+    check_norm(x, weight, residual, config=tile(48, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_rounds_as_the_model_does(dtype: torch.dtype) -> None:
+    """Bit for bit, but where the sum of squares falls on the other side of a rounding."""
+    x, weight = matrix(64, 128, dtype, 0), matrix(1, 128, torch.float32, 1)[0].to(dtype)
+    out, _, _ = launch_rms_norm_forward(x, None, weight, eps=1e-5, config=tile(128, 4))
+    want = rms_norm_reference(x, weight)
+    if dtype == torch.float32:
+        torch.testing.assert_close(out, want, rtol=4e-7, atol=1e-7)
+    else:
+        assert (out == want).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.3])
+def test_norm_eps(eps: float) -> None:
+    x = matrix(9, 33, torch.float32, 0) * 1e-3
+    check_norm(x, matrix(1, 33, torch.float32, 1)[0], eps=eps, config=tile(33, 2))
+    zero = torch.zeros(3, 33)
+    out, _, rstd = launch_rms_norm_forward(zero, None, torch.ones(33), eps=1e-5, config=tile(33, 2))
+    assert (out == 0).all()
+    torch.testing.assert_close(rstd, torch.full((3,), 1e-5**-0.5))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_norm_of_small_and_large_rows(scale: float) -> None:
+    """A float16 of 60,000 squared does not fit in one."""
+    for dtype in DTYPES:
+        x = (matrix(7, 64, torch.float32, 0) * scale * 15).clamp(-6e4, 6e4).to(dtype)
+        out, _, _ = launch_rms_norm_forward(x, None, torch.ones(64, dtype=dtype), eps=1e-5, config=tile(64, 2))
+        exact, eager = (
+            rms_norm_reference(x.double(), torch.ones(64).double()),
+            rms_norm_reference(x, torch.ones(64, dtype=dtype)),
+        )
+        testing.error_ratio(out, exact, eager, factor=2)
+
+
+def test_norm_passes_nan_and_infinity_on_in_their_row_alone() -> None:
+    x = matrix(8, 32, torch.float32, 0)
+    x[2, 5], x[6, 0] = math.nan, math.inf
+    out, _, rstd = launch_rms_norm_forward(x, None, torch.ones(32), eps=1e-5, config=tile(32, 4))
+    assert out.isnan().any(1).nonzero().flatten().tolist() == [2, 6]
+    ds, _, _ = launch_rms_norm_backward(torch.ones(8, 32), None, x, torch.ones(32), rstd, config=tile(32, 4))
+    assert torch.isfinite(ds).all(1).logical_not().nonzero().flatten().tolist() == [2, 6]
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 20), (2, 1, 3, 20), (0, 20), (2, 0, 20), (3, 0, 2, 5)], ids=str)
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    width = shape[-1]
+    weight = torch.rand(width, generator=torch.Generator().manual_seed(1)) + 1
+    out, summed, rstd = launch_rms_norm_forward(x, x, weight, eps=1e-5, config=tile(width, 2))
+    want = rms_norm_reference(x, weight, residual=x)
+    torch.testing.assert_close((out, summed), want)
+    assert rstd.shape == shape[:-1]
+    ds, _, dweight = launch_rms_norm_backward(x, x, x, weight, rstd, config=tile(width, 2))
+    assert (ds.shape, dweight.shape) == (x.shape, weight.shape)
+    assert x.numel() or (dweight == 0).all()
+    dx, dbias = launch_quick_gelu_backward(x, x, weight, config=Config(2, 16, 4, 1))
+    torch.testing.assert_close(
+        launch_quick_gelu_forward(x, weight, config=Config(2, 16, 4, 1)), quick_gelu_reference(x, bias=weight)
+    )
+    assert (dx.shape, dbias.shape) == (x.shape, weight.shape)
+    assert x.numel() or (dbias == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 65, 256, 512, 1000, 1024, 1536, 2048, 4096, 6144, 8192])
+def test_norm_with_every_shipped_configuration(width: int, dtype: torch.dtype) -> None:
+    check_norm(matrix(3, width, dtype, 0), matrix(1, width, dtype, 1)[0], matrix(3, width, dtype, 2))
+
+
+def test_a_row_that_does_not_fit_its_tile_is_an_error() -> None:
+    x = torch.ones(2, 40)
+    with pytest.raises(ValueError, match=r"block_n must be at least the width 40, got 32"):
+        launch_rms_norm_forward(x, None, x[0], eps=1e-5, config=Config(2, 32, 4, 1))
+    with pytest.raises(ValueError, match=r"block_n must be at least the width 40, got 32"):
+        launch_rms_norm_backward(x, None, x, x[0], torch.ones(2), config=Config(2, 32, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gelu_widths(width: int, biased: bool, dtype: torch.dtype) -> None:
+    x = matrix(11, width, dtype, 0, "offset")
+    check_gelu(x, matrix(1, width, dtype, 1)[0] if biased else None, config=Config(2, 32, 4, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 16, 17, 33, 40])
+@pytest.mark.parametrize("shape", [(1, 16), (2, 64), (4, 16), (8, 32)], ids=str)
+def test_gelu_rows(rows: int, shape: tuple[int, int]) -> None:
+    x = matrix(rows, 40, torch.float32, 0)
+    check_gelu(x, matrix(1, 40, torch.float32, 1)[0], config=Config(*shape, 4, 1))
+    check_gelu(x, config=Config(*shape, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("beside", testing.LAYOUTS)
+def test_gelu_strides(layout: str, beside: str, dtype: torch.dtype) -> None:
+    x, grad = matrix(9, 40, dtype, 0, layout), matrix(9, 40, dtype, 2, beside)
+    check_gelu(x, matrix(1, 40, dtype, 1, "stepped")[0], grad=grad, config=Config(2, 32, 4, 1))
+    check_gelu(x, grad=grad, config=Config(2, 32, 4, 1))
+
+
+@pytest.mark.parametrize(("of_x", "of_bias"), [(x, bias) for x in DTYPES for bias in DTYPES], ids=str)
+def test_gelu_of_mixed_dtypes(of_x: torch.dtype, of_bias: torch.dtype) -> None:
+    check_gelu(matrix(9, 48, of_x, 0), matrix(1, 48, of_bias, 1)[0], config=Config(4, 32, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_at_the_ends(dtype: torch.dtype) -> None:
+    """Where the exponential overflows the activation is 0, where it vanishes the identity; slopes 0 and 1."""
+    x = torch.tensor([[-1e4, -300.0, -60.0, -0.0, 0.0, 60.0, 300.0, 1e4, math.nan]]).to(dtype)
+    config = Config(1, 16, 4, 1)
+    y = launch_quick_gelu_forward(x, None, config=config)
+    dx, _ = launch_quick_gelu_backward(torch.ones_like(x), x, None, config=config)
+    assert float(y[0, :5].abs().max()) < 1e-30
+    assert torch.equal(y[0, 5:8], x[0, 5:8])
+    torch.testing.assert_close(dx[0, :8], torch.tensor([0, 0, 0, 0.5, 0.5, 1, 1, 1], dtype=dtype))
+    assert y[0, 8].isnan()
+    assert dx[0, 8].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [100, 512, 1000, 2048, 6144, 9000])
+def test_gelu_with_every_shipped_configuration(width: int, dtype: torch.dtype) -> None:
+    x = matrix(6, width, dtype, 0)
+    check_gelu(x, matrix(1, width, dtype, 1)[0])
+    check_gelu(x)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_shapes(seed: int) -> None:
+    rng = random.Random(seed)
+    rows, width = rng.randint(1, 50), rng.randint(1, 300)
+    dtype, layout, beside = rng.choice(DTYPES), rng.choice(testing.LAYOUTS), rng.choice(testing.LAYOUTS)
+    x, y = matrix(rows, width, dtype, seed, layout), matrix(rows, width, rng.choice([dtype, torch.float32]), seed + 1, beside)
+    weight = matrix(1, width, rng.choice([dtype, torch.float32]), seed + 2)[0]
+    check_norm(x, weight, rng.choice([None, y]), config=tile(width, rng.choice([1, 2, 4, 8])), seed=seed)
+    check_gelu(x, rng.choice([None, weight]), config=Config(rng.choice([1, 2, 8]), rng.choice([16, 64]), 4, 1))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2³⁰ elements apart, in memory of a size that nobody has: the pages between are never touched."""
+    size, step = (3 << 30) + 64, 1 << 30
+    try:
+        flat = torch.empty(size, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.fail(f"no address space for {size * 2 / 2**30:.0f} GiB: {error}")
+    x = flat.as_strided((4, 48), (step, 1))
+    x.copy_(matrix(4, 48, torch.float16, 0))
+    weight = matrix(1, 48, torch.float16, 1)[0]
+    check_norm(x, weight, x, config=tile(48, 2))
+    check_gelu(x, weight, grad=x, config=Config(2, 32, 4, 1))
+    rstd = launch_rms_norm_forward(x, None, weight, eps=1e-5, config=tile(48, 2))[2]
+    far = launch_rms_norm_backward(x, x, x, weight, rstd, config=tile(48, 2))
+    near = launch_rms_norm_backward(*[x.contiguous()] * 3, weight, rstd, config=tile(48, 2))
+    for a, b in zip(far, near, strict=True):
+        assert a is b or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("parts", "width"), [(1, 1), (4, 33), (127, 32), (128, 31), (129, 100), (300, 5)])
+def test_sums_of_partials(parts: int, width: int) -> None:
+    partial = torch.randn(parts, width, generator=torch.Generator().manual_seed(0))
+    for dtype in DTYPES:
+        with testing.GuardBands() as guards:
+            total = launch_sum_partials(partial, dtype)
+        assert guards.check() == 1
+        testing.error_ratio(total, partial.double().sum(0), partial.to(dtype).sum(0), factor=2, floor=float(parts))
+
+
+def test_the_same_bits_in_every_run() -> None:
+    x, weight = matrix(50, 96, torch.bfloat16, 0), matrix(1, 96, torch.bfloat16, 1)[0]
+    rstd = launch_rms_norm_forward(x, None, weight, eps=1e-5, config=tile(96, 2))[2]
+    runs = [
+        (
+            launch_rms_norm_backward(x, x, x, weight, rstd, config=tile(96, 2))[2],
+            launch_quick_gelu_backward(x, x, weight, config=Config(2, 32, 4, 1))[1],
+        )
+        for _ in range(3)
+    ]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_rows_are_copied_only_where_they_must_be() -> None:
+    x = torch.arange(4 * 6 * 10.0).view(4, 6, 10)
+    for view in (x, x[:, -1], x[..., 2:7], x[:, :1], x[0, 0], x[:1, 2:4]):
+        rows = as_rows(view)
+        assert rows.data_ptr() == view.data_ptr(), view.stride()
+        assert torch.equal(rows, view.reshape(-1, view.shape[-1]))
+    for view in (x[:, :4], x.transpose(0, 2), x[..., ::2], x[:1, :1, :1].expand(4, 6, 10)):
+        rows = as_rows(view)
+        assert rows.stride(1) == 1
+        assert torch.equal(rows, view.reshape(-1, view.shape[-1]))
+
+
+def test_tables_list_tiles_that_hold_their_rows() -> None:
+    for table in ("default", "sm_80", "sm_90", "sm_100"):
+        for kernel in ("rms_norm_forward", "rms_norm_backward"):
+            for bits in (16, 32):
+                for width in range(1, tuning.WIDEST + 1):
+                    assert tuning.nearest(tuning.table(table), kernel, bits, width).block_n >= width
