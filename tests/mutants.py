@@ -526,7 +526,7 @@ MUTANTS = (
         "rms_norm.py",
         "s = s.to(Summed.dtype.element_ty).to(tl.float32)",
         "s = s + 0.0",
-        "test_norm_rounds_as_the_model_does",
+        "test_norm_is_that_of_the_sum",
         FUSED,
     ),
     Mutant(

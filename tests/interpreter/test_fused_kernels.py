@@ -178,6 +178,18 @@ def test_norm_rounds_as_the_model_does(dtype: torch.dtype) -> None:
         assert (out == want).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_is_that_of_the_sum_as_it_is_stored(dtype: torch.dtype) -> None:
+    """The next layer norms the stored sum again for its own branch; a sum that was not rounded would be another row."""
+    x, residual = (matrix(64, 128, dtype, seed) for seed in (0, 1))
+    weight = matrix(1, 128, torch.float32, 2)[0]
+    out, summed, rstd = launch_rms_norm_forward(x, residual, weight, eps=1e-5, config=tile(128, 4))
+    assert summed is not None
+    again, _, again_rstd = launch_rms_norm_forward(summed, None, weight, eps=1e-5, config=tile(128, 4))
+    assert torch.equal(out, again)
+    assert torch.equal(rstd, again_rstd)
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.3])
 def test_norm_eps(eps: float) -> None:
     x = matrix(9, 33, torch.float32, 0) * 1e-3
