@@ -190,21 +190,6 @@ void advise_large_pages(uint16_t* table) {
 #endif
 }
 
-Pixels pixels_of(const uint8_t* data, const int64_t* sizes, const int64_t* strides, int64_t dims, int64_t channel_dim) {
-  Pixels pixels{data, {1}, {0}, strides[channel_dim]};
-  for (int64_t d = 0; d < dims; ++d) {
-    if (d == channel_dim || sizes[d] == 1) continue;
-    if (pixels.sizes.back() == 1 || pixels.strides.back() == sizes[d] * strides[d]) {
-      pixels.sizes.back() *= sizes[d];
-      pixels.strides.back() = strides[d];
-    } else {
-      pixels.sizes.push_back(sizes[d]);
-      pixels.strides.push_back(strides[d]);
-    }
-  }
-  return pixels;
-}
-
 template <class Token>
 void lookup(const uint16_t* table, const Pixels& pixels, int64_t begin, int64_t end, Token* tokens) {
   const size_t last = pixels.sizes.size() - 1;
@@ -223,5 +208,26 @@ template void lookup(const uint16_t*, const Pixels&, int64_t, int64_t, uint8_t*)
 template void lookup(const uint16_t*, const Pixels&, int64_t, int64_t, uint16_t*);
 template void lookup(const uint16_t*, const Pixels&, int64_t, int64_t, int32_t*);
 template void lookup(const uint16_t*, const Pixels&, int64_t, int64_t, int64_t*);
+
+template <class Token>
+bool decode(const uint8_t* colours, int64_t size, const Token* tokens, int64_t begin, int64_t end, int64_t run,
+            uint8_t* pixels) {
+  bool inside = true;
+  int64_t row = begin / run, column = begin % run;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool valid = static_cast<uint64_t>(static_cast<int64_t>(tokens[i])) < static_cast<uint64_t>(size);
+    inside &= valid;
+    for (int64_t c = 0; c < 3; ++c)
+      pixels[(3 * row + c) * run + column] = valid ? colours[4 * static_cast<int64_t>(tokens[i]) + c] : uint8_t{0};
+    if (++column == run) column = 0, ++row;
+  }
+  return inside;
+}
+
+template bool decode(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, uint8_t*);
+template bool decode(const uint8_t*, int64_t, const int16_t*, int64_t, int64_t, int64_t, uint8_t*);
+template bool decode(const uint8_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, uint8_t*);
+template bool decode(const uint8_t*, int64_t, const int32_t*, int64_t, int64_t, int64_t, uint8_t*);
+template bool decode(const uint8_t*, int64_t, const int64_t*, int64_t, int64_t, int64_t, uint8_t*);
 
 }  // namespace igpt

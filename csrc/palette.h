@@ -8,10 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace igpt {
+#include "pixels.h"
 
-// Entries of a lookup table: one for each (r << 16) | (g << 8) | b.
-constexpr int64_t kColours = int64_t{1} << 24;
+namespace igpt {
 
 // The colour cube is filled in this many equal blocks, each by one call of `fill_block`.
 constexpr int64_t kBlocks = 512;
@@ -34,19 +33,15 @@ void fill_block(const Colours& palette, int64_t block, uint16_t* table);
 // Asks the system for large pages behind a table that is not yet written: random reads then miss the TLB less.
 void advise_large_pages(uint16_t* table);
 
-// Pixels of three bytes anywhere in memory. Pixel i is at the row-major position i of `sizes`; strides are in bytes.
-struct Pixels {
-  const uint8_t* data;
-  std::vector<int64_t> sizes, strides;  // at least one dimension, none of size 0
-  int64_t channel_stride;
-};
-
-// The pixels of an array of bytes with `dims` dimensions, of which `channel_dim` has size 3 and no other has size 0.
-// Dimensions that follow each other in memory become one.
-Pixels pixels_of(const uint8_t* data, const int64_t* sizes, const int64_t* strides, int64_t dims, int64_t channel_dim);
-
 // tokens[i] = table[colour of pixel i] for begin <= i < end; an index that does not fit a Token is cut off.
 template <class Token>
 void lookup(const uint16_t* table, const Pixels& pixels, int64_t begin, int64_t end, Token* tokens);
+
+// The colours of tokens[i] for begin <= i < end, written to an array of bytes [rows, 3, run]: run = 1 is channels last.
+// `colours` holds `size` colours of four bytes, of which the first three count. A token that is not in 0..size-1 becomes
+// black; the result is whether there was none.
+template <class Token>
+bool decode(const uint8_t* colours, int64_t size, const Token* tokens, int64_t begin, int64_t end, int64_t run,
+            uint8_t* pixels);
 
 }  // namespace igpt

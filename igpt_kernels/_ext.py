@@ -1,7 +1,8 @@
-"""The only place that loads the compiled library, and that says why it could not.
+"""The only place that loads the compiled libraries, and that says why it could not.
 
-Nothing is loaded when this module is imported, and only `require` raises. A CUDA library will be a second file beside
-this one (its own entry here, loaded in a try of its own), because it cannot load where torch has no CUDA.
+There are two, because the CUDA one is of use only to a torch that has CUDA: _C serves tensors on the CPU, _C_cuda those on
+NVIDIA GPUs. Each is taken from this folder, else from the user's cache (_jit.py). Nothing is loaded when this module is
+imported, and only `require` raises.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-_LIBRARY = Path(__file__).with_name("_C.abi3.so")
-_OPERATORS = ("palette_table", "palette_lookup")
-_REBUILD = "run `python3 setup.py build_ext --inplace` in the source tree, or reinstall igpt-kernels with a C++ compiler"
+Device = Literal["cpu", "cuda"]
 
-_lock = threading.Lock()
-_status: ExtensionStatus | None = None
+_LIBRARIES: dict[Device, Path] = {
+    "cpu": Path(__file__).with_name("_C.abi3.so"),
+    "cuda": Path(__file__).with_name("_C_cuda.abi3.so"),
+}
+_OPERATORS = ("palette_table", "palette_lookup", "palette_pixels")
+_REBUILD = "run `igpt info --build`, or `python3 setup.py build_ext --inplace` in the source tree, or reinstall igpt-kernels"
+
+_lock = threading.RLock()
+_statuses: dict[Device, ExtensionStatus] = {}
+_tried_to_build = False
 
 
 @dataclass(frozen=True)
 class ExtensionStatus:
-    """Whether the compiled library serves in this process."""
+    """Whether a compiled library serves in this process."""
 
     loaded: bool
     path: Path | None
@@ -29,43 +37,99 @@ class ExtensionStatus:
     """Why it is not loaded, and what to do, in one sentence; empty when it is."""
 
 
-def status() -> ExtensionStatus:
-    """Load the library on the first call; tell what came of it on every call. Never raises."""
-    global _status
-    if _status is None:
+def status(device: Device = "cpu") -> ExtensionStatus:
+    """Load the library for tensors of `device` on the first call; tell what came of it on every call. Never raises."""
+    found = _statuses.get(device)
+    if found is None:
         with _lock:
-            if _status is None:
-                _status = _load(_LIBRARY)
-    return _status
+            if device not in _statuses:
+                _statuses[device] = _load(device)
+            found = _statuses[device]
+    return found
 
 
-def require() -> None:
+def require(device: Device = "cpu") -> None:
     """Make sure that the library is loaded.
 
     Raises:
-        RuntimeError: it is not; the message is `status().reason`.
+        RuntimeError: it is not; the message is `status(device).reason`.
     """
-    if not status().loaded:
-        raise RuntimeError(status().reason)
+    if not status(device).loaded:
+        raise RuntimeError(status(device).reason)
 
 
-def _load(library: Path) -> ExtensionStatus:
-    if not library.is_file():
-        return ExtensionStatus(False, None, f"the compiled extension {library.name} was not built; {_REBUILD}")
+def build() -> ExtensionStatus:
+    """`status()`, after building the libraries that are missing: once a process, 10 to 30 seconds. Never raises.
+
+    The CUDA library is built where torch has CUDA and its toolkit is there.
+    """
+    global _tried_to_build
+    from igpt_kernels import _jit
+
+    with _lock:
+        missing = [_LIBRARIES[device].name for device in _buildable() if _find(device) is None]
+        if missing and not _tried_to_build:
+            _tried_to_build = True
+            problem = _jit.build([_LIBRARIES[device].name for device in _buildable()])
+            _statuses.clear()
+            if problem and not status().loaded:
+                _statuses["cpu"] = ExtensionStatus(False, None, f"{status().reason} (it cannot be built now: {problem})")
+            elif problem:
+                _statuses["cuda"] = ExtensionStatus(False, None, f"the CUDA library cannot be built now: {problem}")
+        return status()
+
+
+def _buildable() -> list[Device]:
+    import torch
+
+    from igpt_kernels import _build
+
+    return ["cpu"] if torch.version.cuda is None or _build.cuda(torch).reason else ["cpu", "cuda"]
+
+
+def _find(device: Device) -> Path | None:
+    from igpt_kernels import _jit
+
+    library = _LIBRARIES[device]
+    if library.is_file():
+        return library
+    try:
+        cached = _jit.folder() / library.name
+        return cached if cached.is_file() else None
+    except (OSError, RuntimeError):  # no home folder, or sources that cannot be read
+        return None
+
+
+def _load(device: Device) -> ExtensionStatus:
+    library = _find(device)
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return ExtensionStatus(False, library, f"torch cannot be imported ({error}); install torch >= 2.11")
+    if device == "cuda":
+        if torch.version.cuda is None:
+            return ExtensionStatus(False, library, f"torch {torch.__version__} has no CUDA; install one that has")
+        if not status("cpu").loaded:
+            return ExtensionStatus(False, library, status("cpu").reason)
+    if library is None:
+        what = "the compiled extension" if device == "cpu" else "the CUDA library"
+        return ExtensionStatus(False, None, f"{what} {_LIBRARIES[device].name} was not built; {_REBUILD}")
     try:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0]
         reason = f"{library} does not load with torch {torch.__version__} ({why}); to build it for this torch, {_REBUILD}"
         return ExtensionStatus(False, library, reason)
-    missing = [name for name in _OPERATORS if not hasattr(torch.ops.igpt_kernels, name)]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [
+        name
+        for name in _OPERATORS
+        if not (hasattr(torch.ops.igpt_kernels, name) and has_kernel(f"igpt_kernels::{name}", device.upper()))
+    ]
     if missing:
         return ExtensionStatus(False, library, f"{library} is out of date (it lacks {', '.join(missing)}); {_REBUILD}")
-    _register_fakes()
+    if device == "cpu":
+        _register_fakes()
     return ExtensionStatus(True, library, "")
 
 
@@ -79,4 +143,10 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("igpt_kernels::palette_lookup")  # type: ignore[untyped-decorator]
     def palette_lookup(table: torch.Tensor, pixels: torch.Tensor, channel_dim: int, tokens: torch.Tensor) -> None:
+        return None
+
+    @torch.library.register_fake("igpt_kernels::palette_pixels")  # type: ignore[untyped-decorator]
+    def palette_pixels(
+        colors: torch.Tensor, tokens: torch.Tensor, run: int, pixels: torch.Tensor, beyond: torch.Tensor
+    ) -> None:
         return None

@@ -7,10 +7,11 @@ of all answers once; after that a lookup costs the same for 2 and for 65,536 col
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -38,14 +39,15 @@ class PaletteTable:
     Args:
         colors: [V, 3] numbers (nested sequence, array or real tensor), 2 <= V <= 65536, on the 0..255 scale of uint8 pixels;
             fractions and values outside 0..255 are allowed, up to ±2²⁰. Copied.
-        backend: what makes the table and looks pixels up. ``"ext"`` is the compiled extension (CPU tensors), ``"torch"`` is
-            PyTorch operations (any device), ``"reference"`` tries every colour for every pixel, without a table.
-            ``"auto"`` takes ``"ext"`` for pixels on the CPU if the extension is loaded, else ``"torch"``. Asked for by
-            name, a backend never falls back to another.
+        backend: what makes the table and looks pixels up. ``"ext"`` is the compiled extension (tensors on the CPU and on
+            NVIDIA GPUs), ``"torch"`` is PyTorch operations (any device), ``"reference"`` tries every colour for every
+            pixel, without a table. ``"auto"`` takes ``"ext"`` if it is loaded for the device of the pixels, else
+            ``"torch"``. Asked for by name, a backend never falls back to another; and an extension that was not built is
+            built then, if there is a C++ compiler (10 to 30 s, once on a machine; IGPT_JIT=0 forbids it).
 
-    The table takes 32 MB on each device that pixels are looked up on, and is cached here. For 512 colours it costs one core
-    about 0.03 s with ``"ext"`` and 0.4 s with ``"torch"``; for 65,536, 0.3 s and 3 s. Palettes whose colours all lie on one
-    line are the worst known: 0.2 s and 3 s for 512, 25 s and many minutes for 65,536.
+    The table takes 32 MB on each device that pixels are looked up on, is made there, and cached here. For 512 colours it
+    costs one core about 0.03 s with ``"ext"`` and 0.4 s with ``"torch"``; for 65,536, 0.3 s and 3 s. Palettes whose colours
+    all lie on one line are the worst known: 0.2 s and 3 s for 512, 25 s and many minutes for 65,536.
     Safe to share between threads; a pickle or copy carries the colours and makes its own table.
 
     Raises:
@@ -56,7 +58,7 @@ class PaletteTable:
 
     def __init__(self, colors: Any, *, backend: Backend = "auto") -> None:
         self._colors = _checked_colors(colors)
-        choose(backend, _backends(torch.device("cpu")), "PaletteTable")
+        _choose(backend, torch.device("cpu"), "PaletteTable")
         self._backend = backend
         self._lock = threading.Lock()
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
@@ -84,7 +86,7 @@ class PaletteTable:
 
         Returns:
             The shape of `pixels` without `channel_dim`, contiguous, on the device of `pixels`. On a CPU ``"ext"`` takes 1 to
-            3 ns a pixel and core, without a copy of `pixels`.
+            3 ns a pixel and core, without a copy of `pixels`; on a GPU it is one launch, on the current stream.
 
         Raises:
             TypeError: `pixels` is not a uint8 tensor, or `dtype` not one of the five.
@@ -106,16 +108,49 @@ class PaletteTable:
             TypeError: `tokens` is not a tensor of integers.
             ValueError: a token is outside 0..V-1.
         """
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"tokens must be a torch.Tensor of integers, got {type(tokens).__name__}")
-        if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
-            raise TypeError(f"tokens must be a torch.Tensor of integers, got dtype {tokens.dtype}")
+        _check_tokens(tokens)
         index = tokens.to(torch.int64)
         if index.numel() > 0:
-            low, high = (int(bound) for bound in index.aminmax())
+            low, high = index.aminmax()
             if low < 0 or high >= self.size:
-                raise ValueError(f"tokens must be in 0..{self.size - 1} for a palette of {self.size} colors, got {low}..{high}")
+                self._refuse(index)
         return self._colors.to(index.device)[index]
+
+    def pixels_of(self, tokens: Tensor, *, channel_dim: int = -1) -> Tensor:
+        """The pixels that tokens stand for: `colors_of`, rounded to whole values (half to even) and cut off at 0 and 255.
+
+        Args:
+            tokens: [...] of any integer dtype, 0 <= token < V, any strides, any device.
+            channel_dim: where the result has its red, green and blue: -1 for [..., h, w, 3], -3 for [..., 3, h, w].
+
+        Returns:
+            uint8 with the shape of `tokens` and size 3 in `channel_dim`, contiguous, on the device of `tokens`. One pass
+            with ``"ext"``; on a GPU the check of the tokens waits for the device.
+
+        Raises:
+            TypeError: `tokens` is not a tensor of integers.
+            ValueError: a token is outside 0..V-1, or the result would have no dimension `channel_dim`.
+            BackendUnavailable (a ValueError): the backend of this palette, asked for by name, cannot take these tokens.
+        """
+        _check_tokens(tokens)
+        dims = tokens.ndim + 1
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+        if not -dims <= channel_dim < dims:
+            raise ValueError(f"channel_dim={channel_dim} is no dimension of pixels for tokens of shape {list(tokens.shape)}")
+        channel_dim %= dims
+        if _choose(self._backend, tokens.device, "pixels_of") != "ext":
+            colors = self.colors_of(tokens).round().clamp(0, 255).to(torch.uint8)
+            return colors.movedim(-1, channel_dim).contiguous()
+        shape = (*tokens.shape[:channel_dim], 3, *tokens.shape[channel_dim:])
+        pixels = torch.empty(shape, dtype=torch.uint8, device=tokens.device)
+        known = tokens if tokens.dtype in _CAPACITY else tokens.to(torch.int64)
+        beyond = torch.zeros(1, dtype=torch.int32, device=tokens.device)
+        run = math.prod(tokens.shape[channel_dim:]) or 1
+        torch.ops.igpt_kernels.palette_pixels(self._bytes(tokens.device), known.contiguous(), run, pixels, beyond)
+        if beyond.item():
+            self._refuse(tokens)
+        return pixels
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the colours to a safetensors file ("colors", float64 [V, 3]). An existing file is replaced in one step."""
@@ -174,18 +209,32 @@ class PaletteTable:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make_table(self, maker: Maker, device: torch.device) -> Tensor:
-        # The extension works on the CPU, and Apple's GPUs have no float64; there the table is a copy.
-        home = torch.device("cpu") if maker == "ext" or device.type == "mps" else device
+        # Apple's GPUs have no float64, and the extension works on some devices only; elsewhere the table is a copy.
+        at_home = _ext_serves(device) if maker == "ext" else device.type != "mps"
+        home = device if at_home else torch.device("cpu")
         with self._lock:
             if (maker, home) not in self._tables:
                 if maker == "ext":
                     _ext.require()
-                    self._tables[maker, home] = torch.ops.igpt_kernels.palette_table(self._colors)
+                    self._tables[maker, home] = torch.ops.igpt_kernels.palette_table(self._colors.to(home))
                 else:
                     self._tables[maker, home] = torch_palette.build_table(self._colors.to(home))
             if (maker, device) not in self._tables:
                 self._tables[maker, device] = self._tables[maker, home].to(device)
             return self._tables[maker, device]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _bytes(self, device: torch.device) -> Tensor:
+        """The colours as pixels: uint8 [V, 4] on `device`, the fourth 0, so that a colour is one word."""
+        with self._lock:
+            if ("bytes", device) not in self._tables:
+                whole = self._colors.round().clamp(0, 255).to(torch.uint8)
+                self._tables["bytes", device] = torch.nn.functional.pad(whole, (0, 1)).to(device)
+            return self._tables["bytes", device]
+
+    def _refuse(self, tokens: Tensor) -> NoReturn:
+        low, high = (int(bound) for bound in tokens.to(torch.int64).aminmax())
+        raise ValueError(f"tokens must be in 0..{self.size - 1} for a palette of {self.size} colors, got {low}..{high}")
 
 
 def palette_lookup(
@@ -215,7 +264,7 @@ def palette_lookup(
 def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.dtype, backend: Backend) -> Tensor:
     channel_dim = _checked_pixels(pixels, channel_dim)
     _check_dtype(dtype, table.size)
-    chosen = choose(backend, _backends(pixels.device), "palette_lookup")
+    chosen = _choose(backend, pixels.device, "palette_lookup")
     if chosen == "reference":
         colors = table._colors.to(pixels.device)
         return palette_lookup_reference(pixels.movedim(channel_dim, -1).contiguous(), colors).to(dtype)
@@ -229,12 +278,27 @@ def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.
     return torch_palette.lookup(table._table(maker, pixels.device), pixels, channel_dim, dtype)
 
 
-def _backends(device: torch.device) -> list[tuple[str, list[str]]]:
-    """The backends, best first, each with the reasons why it cannot work on pixels of `device`."""
+def _choose(backend: Backend, device: torch.device, op: str) -> str:
+    """The backend for tensors of `device`; asked for by name, an extension that was not built is built now."""
+    if backend == "ext" and _ext.status().path is None and not torch.compiler.is_compiling():
+        _ext.build()
     against_ext = [] if _ext.status().loaded else [_ext.status().reason]
-    if device.type != "cpu":
-        against_ext.append(f"it works on CPU tensors, and pixels are on {device}")
-    return [("ext", against_ext), ("torch", []), ("reference", [])]
+    if device.type == "cuda" and not against_ext and not _ext.status("cuda").loaded:
+        against_ext.append(_ext.status("cuda").reason)
+    elif device.type not in ("cpu", "cuda"):
+        against_ext.append(f"it works on CPU and CUDA tensors, and these are on {device}")
+    return choose(backend, [("ext", against_ext), ("torch", []), ("reference", [])], op)
+
+
+def _ext_serves(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda") and _ext.status("cuda" if device.type == "cuda" else "cpu").loaded
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a torch.Tensor of integers, got {type(tokens).__name__}")
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise TypeError(f"tokens must be a torch.Tensor of integers, got dtype {tokens.dtype}")
 
 
 def _checked_colors(colors: Any) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpt_kernels import PaletteTable, _ext, palette_lookup
+from igpt_kernels import PaletteTable, _ext, palette, palette_lookup
 
 COLORS = torch.rand(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 255
 PIXELS = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -27,8 +27,13 @@ def test_the_library_is_loaded() -> None:
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_ext, "_LIBRARY", tmp_path / "_C.abi3.so")
-    monkeypatch.setattr(_ext, "_status", None)
+    """As if nothing had been built, and nothing may be."""
+    libraries = {device: tmp_path / path.name for device, path in _ext._LIBRARIES.items()}
+    monkeypatch.setattr(_ext, "_LIBRARIES", libraries)
+    monkeypatch.setattr(_ext, "_statuses", {})
+    monkeypatch.setattr(_ext, "_tried_to_build", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("IGPT_JIT", "0")
 
 
 @pytest.mark.usefixtures("no_library")
@@ -46,8 +51,9 @@ def test_without_the_library_auto_is_torch_and_ext_is_refused() -> None:
     assert torch.equal(tokens, palette_lookup(PIXELS, table, backend="reference"))
     with pytest.raises(ValueError, match=r"backend='ext'.*was not built"):
         palette_lookup(PIXELS, table, backend="ext")
-    with pytest.raises(ValueError, match=r"PaletteTable cannot run with backend='ext'.*was not built"):
+    with pytest.raises(ValueError, match=r"PaletteTable cannot run with backend='ext'.*was not built.*IGPT_JIT=0 forbids"):
         PaletteTable(COLORS, backend="ext")
+    assert table.pixels_of(tokens).shape == PIXELS.shape
 
 
 def test_auto_is_ext_and_torch_by_name_never_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,15 +75,16 @@ def test_auto_is_ext_and_torch_by_name_never_uses_it(monkeypatch: pytest.MonkeyP
 
 
 def test_ext_by_name_refuses_other_devices() -> None:
-    with pytest.raises(ValueError, match=r"backend='ext'.*it works on CPU tensors, and pixels are on meta"):
+    with pytest.raises(ValueError, match=r"backend='ext'.*it works on CPU and CUDA tensors, and these are on meta"):
         PaletteTable(COLORS, backend="ext").lookup(PIXELS.to("meta"))
     assert PaletteTable(COLORS).lookup(PIXELS.to("meta")).shape == (40, 50)
 
 
-def test_a_library_that_does_not_load_says_why(tmp_path: Path) -> None:
-    broken = tmp_path / "_C.abi3.so"
+@pytest.mark.usefixtures("no_library")
+def test_a_library_that_does_not_load_says_why() -> None:
+    broken = _ext._LIBRARIES["cpu"]
     broken.write_bytes(b"not a library")
-    status = _ext._load(broken)
+    status = _ext.status()
     assert (status.loaded, status.path) == (False, broken)
     assert torch.__version__ in status.reason
     assert "python3 setup.py build_ext --inplace" in status.reason
@@ -86,7 +93,7 @@ def test_a_library_that_does_not_load_says_why(tmp_path: Path) -> None:
 
 def test_a_library_of_older_sources_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ext, "_OPERATORS", (*_ext._OPERATORS, "palette_dither"))
-    status = _ext._load(_ext._LIBRARY)
+    status = _ext._load("cpu")
     assert not status.loaded
     assert "is out of date (it lacks palette_dither)" in status.reason
 
@@ -95,7 +102,7 @@ def test_importing_the_package_loads_nothing() -> None:
     code = (
         "import sys, igpt_kernels; assert 'torch' not in sys.modules; import igpt_kernels._ext; "
         "assert 'torch' not in sys.modules; igpt_kernels.PaletteTable; assert 'torch' in sys.modules; "
-        "assert igpt_kernels._ext._status is None; assert 'palette_lookup' in dir(igpt_kernels)"
+        "assert not igpt_kernels._ext._statuses; assert 'palette_lookup' in dir(igpt_kernels)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(_ext.__file__).parents[1])
 
@@ -111,7 +118,7 @@ def test_the_library_uses_only_the_stable_abi() -> None:
     """A symbol of C++ torch (at::, c10::, torch::) would tie the library to one release."""
     nm = shutil.which("nm")
     assert nm is not None, "nm comes with every compiler"
-    listing = subprocess.run([nm, "-D", "--undefined-only", _ext._LIBRARY], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run([nm, "-D", "--undefined-only", _ext.status().path], check=True, capture_output=True, text=True).stdout
     names = {line.split()[-1].partition("@")[0] for line in listing.splitlines()}
     assert not {name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)|Py|_Py", name)}
     assert {name for name in names if name.startswith("aoti_torch_")}
@@ -147,6 +154,26 @@ def test_operators_check_what_memory_safety_needs() -> None:
             find(table, PIXELS, 2, out)
 
 
+def test_palette_pixels_checks_what_memory_safety_needs() -> None:
+    colors, tokens = torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
+    pixels, beyond = torch.zeros(6, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    run = torch.ops.igpt_kernels.palette_pixels
+    for bad in (colors[:, :3], colors.int(), colors[::2], colors[:, None]):
+        with pytest.raises(RuntimeError, match="colors must be"):
+            run(bad, tokens, 1, pixels, beyond)
+    for bad_tokens, bad_run in ((tokens, 0), (tokens, 4), (torch.zeros(12, dtype=torch.int64)[::2], 1)):
+        with pytest.raises(RuntimeError, match="tokens must be a contiguous"):
+            run(colors, bad_tokens, bad_run, pixels, beyond)
+    with pytest.raises(RuntimeError, match="tokens must be uint8"):
+        run(colors, tokens.float(), 1, pixels, beyond)
+    for bad in (pixels[1:], pixels.int(), torch.zeros(6, 6, dtype=torch.uint8)[:, ::2]):
+        with pytest.raises(RuntimeError, match="pixels must be"):
+            run(colors, tokens, 1, bad, beyond)
+    for bad in (beyond.long(), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(RuntimeError, match="beyond must be"):
+            run(colors, tokens, 1, pixels, bad)
+
+
 def test_operators_pass_opcheck() -> None:
     table = torch.ops.igpt_kernels.palette_table(COLORS)
     torch.library.opcheck(torch.ops.igpt_kernels.palette_table.default, (COLORS,))
@@ -154,3 +181,29 @@ def test_operators_pass_opcheck() -> None:
         count = pixels.numel() // 3
         tokens = torch.empty(count, dtype=torch.int64)
         torch.library.opcheck(torch.ops.igpt_kernels.palette_lookup.default, (table, pixels, channel_dim, tokens))
+    colors, beyond = torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    pixels = torch.empty(2, 3, 5, dtype=torch.uint8)
+    torch.library.opcheck(
+        torch.ops.igpt_kernels.palette_pixels.default, (colors, torch.ones(2, 5, dtype=torch.int64), 5, pixels, beyond)
+    )
+
+
+def test_the_cuda_library_needs_a_torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one it is not even looked for, and the reason says what is missing."""
+    monkeypatch.setattr(_ext, "_statuses", {})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    status = _ext.status("cuda")
+    assert not status.loaded
+    assert status.reason == f"torch {torch.__version__} has no CUDA; install one that has"
+
+
+@pytest.mark.usefixtures("no_library")
+def test_cuda_tensors_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fine = _ext.ExtensionStatus(True, Path("x"), "")
+    monkeypatch.setitem(_ext._statuses, "cpu", fine)
+    with pytest.raises(ValueError, match=r"the CUDA library _C_cuda.abi3.so was not built; run `igpt info --build`"):
+        palette._choose("ext", torch.device("cuda"), "palette_lookup")
+    assert palette._choose("auto", torch.device("cuda"), "palette_lookup") == "torch"
+    monkeypatch.setitem(_ext._statuses, "cuda", fine)
+    assert palette._choose("auto", torch.device("cuda"), "palette_lookup") == "ext"

@@ -341,6 +341,36 @@ def test_colors_of() -> None:
             table.colors_of(bad)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_of(backend: str) -> None:
+    """Every size of the vectorised inner loop, both places of the channels, every integer dtype, strides."""
+    colors = torch.as_tensor(_random(300))
+    colors[0], colors[1] = torch.tensor([-3, 256.5, 0.5]), torch.tensor([1.5, 2.5, 254.5])
+    wanted_colors = colors.round().clamp(0, 255).to(torch.uint8)
+    assert wanted_colors[:2].tolist() == [[0, 255, 0], [2, 2, 254]]
+    table = PaletteTable(colors, backend=backend)
+    for shape in ((0,), (1,), (17,), (3, 5, 7), (2, 16, 16), (1, 0, 3)):
+        tokens = torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(7))
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint32):
+            for channel_dim in (-1, 0, len(shape) - 2):
+                pixels = table.pixels_of(tokens.to(dtype), channel_dim=channel_dim)
+                wanted = wanted_colors[tokens].movedim(-1, channel_dim % (len(shape) + 1))
+                assert torch.equal(pixels, wanted)
+                assert pixels.is_contiguous()
+    turned = torch.randint(0, 256, (9, 11), dtype=torch.uint8).T
+    assert torch.equal(table.pixels_of(turned), wanted_colors[turned.long()])
+    assert torch.equal(table.pixels_of(torch.tensor(5)), wanted_colors[5])
+    for bad, options, error, words in (
+        (tokens.new_tensor([3, 300, 5]), {}, ValueError, r"tokens must be in 0\.\.299 .* got 3\.\.300"),
+        (tokens.new_tensor([-1, 4]), {}, ValueError, r"got -1\.\.4"),
+        (tokens.float(), {}, TypeError, "integers, got dtype torch.float32"),
+        (tokens, {"channel_dim": 4}, ValueError, "channel_dim=4 is no dimension"),
+        (tokens, {"channel_dim": True}, TypeError, "channel_dim must be an int"),
+    ):
+        with pytest.raises(error, match=words):
+            table.pixels_of(bad, **options)
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     table = PaletteTable(_random(33) - 0.1)
     path = tmp_path / "palette.safetensors"
