@@ -13,6 +13,8 @@ import torch
 
 from igpt_kernels import PaletteTable, _ext, palette, palette_lookup
 
+_ext.status()  # loads the operators, whichever test runs first
+
 COLORS = torch.rand(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 255
 PIXELS = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
