@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-hf gpu tune check audit mutants format bench golden wheel clean
+.PHONY: help env demo test test-hf gpu soak tune check audit mutants format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,11 +37,11 @@ test-hf: env ## Tests of swapped Hugging Face models with another release (TRANS
 		--no-deps --target $(VENV)/transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
 	@PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/igpt/test_hf.py
 
-gpu: ## On a machine with a GPU and torch: build in place, run the tests that need the GPU, time attention. Installs nothing.
-	@$(PYTHON) setup.py -q build_ext --inplace
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/test_gpu_attention.py tests/test_gpu_sparse.py tests/test_gpu_loss.py tests/test_gpu.py; tested=$$?; \
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_attention; dense=$$?; PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_sparse; sparse=$$?; \
-	exit $$((tested + dense + sparse))
+gpu: ## On a machine with a GPU and torch: build, tests, sanitizers, benchmarks, targets; under nine minutes. Installs nothing.
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+soak: env ## The C++ under sanitizers with random input, for five minutes (MINUTES=5).
+	@IGPT_FUZZ_SECONDS=$$((60 * $${MINUTES:-5})) $(BIN)/python -m pytest -q -s tests/igpt_kernels/test_fuzz.py -k random
 
 tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune

@@ -1,5 +1,5 @@
 // The work of one GPU thread, or of one team of them, on raw pointers: plain C++, so that a machine without a GPU compiles
-// the same lines with its own compiler, sanitizers included, and runs them thread by thread (csrc/emulate.cpp).
+// the same lines with its own compiler, sanitizers included, and runs them thread by thread (tests/csrc/fuzz.cpp).
 //
 // palette.cu wraps these functions in kernels. palette.h says what is computed.
 #pragma once

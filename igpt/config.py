@@ -485,5 +485,7 @@ class BenchOptions(_Options):
 class InfoOptions(_Options):
     """Options of `igpt info`: versions, devices, the compiled extension, and which kernels would be chosen."""
 
+    build: bool = False
+    """Build the compiled extension first, where it is missing and a compiler is there."""
     json: bool = False
     """Print JSON instead of text."""

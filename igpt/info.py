@@ -36,13 +36,17 @@ def collect() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
         devices.append(f"cuda:{index}: {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
-    status = _ext.status()
+    devices_of: tuple[_ext.Device, ...] = ("cpu", "cuda")
+    libraries = {device: _ext.status(device) for device in devices_of}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
         "devices": devices,
-        "extension": {"loaded": status.loaded, "path": str(status.path or ""), "reason": status.reason},
+        "extension": {
+            device: {"loaded": status.loaded, "path": str(status.path or ""), "reason": status.reason}
+            for device, status in libraries.items()
+        },
         "kernels": kernels(),
     }
 
@@ -74,6 +78,8 @@ def kernels() -> list[dict[str, str]]:
 
 def run_info(options: InfoOptions) -> None:
     """Print `collect()` as text or JSON."""
+    if options.build:
+        _ext.build()
     facts = collect()
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -83,8 +89,9 @@ def run_info(options: InfoOptions) -> None:
         print(f"{name:14s}{version}")
     for device in facts["devices"]:
         print(f"device        {device}")
-    extension = facts["extension"]
-    print(f"extension     {'loaded: ' + extension['path'] if extension['loaded'] else 'not loaded: ' + extension['reason']}")
+    for device, library in facts["extension"].items():
+        words = f"loaded: {library['path']}" if library["loaded"] else f"not loaded: {library['reason']}"
+        print(f"extension     {device}: {words}")
     rows = [("operation", "device", "sizes", "dtypes", "auto takes (why not a faster one)")]
     rows += [(row["op"], row["device"], row["sizes"], row["dtypes"], row["auto"]) for row in facts["kernels"]]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

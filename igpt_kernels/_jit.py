@@ -41,7 +41,7 @@ def build(wanted: Sequence[str]) -> str:
     Takes 10 to 30 seconds, or as long as another process takes that is at it. Never raises.
     """
     if os.environ.get("IGPT_JIT") == "0":
-        return "IGPT_JIT=0 forbids building it"
+        return "IGPT_JIT=0 forbids it"
     if _build.compiler().reason:
         return _build.compiler().reason
     if not _build.sources().is_dir():

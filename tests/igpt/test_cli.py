@@ -103,7 +103,8 @@ def test_interruption_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["extension"]["loaded"] or facts["extension"]["reason"]
+    assert set(facts["extension"]) == {"cpu", "cuda"}
+    assert all(library["loaded"] or library["reason"] for library in facts["extension"].values())
     rows = {(row["op"], row["device"], row["sizes"]): row for row in facts["kernels"]}
     assert {op for op, _, _ in rows} == set(backends.CAPABILITIES)
     row = rows["flash_attention", "cpu", "head_dim 16..320"]

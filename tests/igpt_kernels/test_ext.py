@@ -120,7 +120,9 @@ def test_the_library_uses_only_the_stable_abi() -> None:
     """A symbol of C++ torch (at::, c10::, torch::) would tie the library to one release."""
     nm = shutil.which("nm")
     assert nm is not None, "nm comes with every compiler"
-    listing = subprocess.run([nm, "-D", "--undefined-only", _ext.status().path], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [nm, "-D", "--undefined-only", _ext.status().path], check=True, capture_output=True, text=True
+    ).stdout
     names = {line.split()[-1].partition("@")[0] for line in listing.splitlines()}
     assert not {name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)|Py|_Py", name)}
     assert {name for name in names if name.startswith("aoti_torch_")}

@@ -1,0 +1,149 @@
+"""Everything a GPU has to prove, in one command of under nine minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
+
+Parts, each a process of its own with a limit on its time: `build` (the extension, in place), `tests` (marked gpu), `sanitizer`
+(compute-sanitizer's four tools on small calls of every kernel), `bench` (the quick benchmarks), `summary` (targets beside what
+was measured). A part that fails or runs out of time costs that part. Everything goes to
+``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json, a log for each part, results.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = {"memcheck": "attention sparse fused palette", "racecheck": "attention sparse", "initcheck": "fused palette"}
+"""compute-sanitizer's tools and the rooms of `benchmarks.sanitize` they run on; racecheck is some twenty times slower."""
+TOOLS |= {"synccheck": "attention sparse fused"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step: its commands, run one after another, and the share of the time that it may take."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    share: float
+
+
+@dataclass
+class Outcome:
+    """What came of a part."""
+
+    name: str
+    status: str
+    """``ok``, ``failed``, or ``timeout``."""
+    seconds: float
+    reason: str
+    log: str
+
+
+def parts(folder: Path) -> list[Part]:
+    """All parts, in order; `folder` takes their results."""
+    python = sys.executable
+    tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu*.py"))]
+    sanitizers = [
+        ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize", *rooms.split())
+        for tool, rooms in TOOLS.items()
+    ]
+    return [
+        Part("build", ((python, "setup.py", "-q", "build_ext", "--inplace"),), 0.12),
+        Part("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *tests),), 0.32),
+        Part("sanitizer", tuple(sanitizers), 0.22),
+        Part("bench", ((python, "-m", "benchmarks", "--device", "cuda", "--quick", "--out", str(folder)),), 0.40),
+        Part("summary", ((python, "-m", "benchmarks.targets", str(folder)),), 0.05),
+    ]
+
+
+def run(part: Part, folder: Path, seconds: float) -> Outcome:
+    """Run the commands of a part into its log, also after one of them failed, until its time is over."""
+    log = folder / f"{part.name}.log"
+    start, failures = time.monotonic(), []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    with log.open("w", encoding="utf-8") as file:
+        for command in part.commands:
+            left = seconds - (time.monotonic() - start)
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            if left <= 0:
+                return Outcome(part.name, "timeout", time.monotonic() - start, f"no time left for {command[0]}", log.name)
+            try:
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                failures.append(f"{command[0]} does not start: {error}")
+                continue
+            try:
+                code = child.wait(left)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # its children too
+                child.wait()
+                return Outcome(part.name, "timeout", time.monotonic() - start, f"not done after {seconds:.0f} s", log.name)
+            if code:
+                failures.append(f"exit code {code} of {' '.join(command[:5])}")
+    return Outcome(part.name, "failed" if failures else "ok", time.monotonic() - start, "; ".join(failures), log.name)
+
+
+def environment(arguments: Sequence[str]) -> dict[str, object]:
+    """Versions, device, clocks and revision of this run."""
+    from benchmarks import machine
+
+    return machine.environment("cuda", ["python", "-m", "benchmarks.gpu", *arguments])
+
+
+def run_all(chosen: Sequence[Part], folder: Path, minutes: float) -> list[Outcome]:
+    """Run the parts, each for its share of the time and what earlier ones left of theirs; the report is kept as it grows."""
+    outcomes: list[Outcome] = []
+    spare = 0.0
+    for part in chosen:
+        limit = 60 * minutes * part.share / max(1.0, sum(one.share for one in chosen)) + spare
+        print(f"{part.name}: at most {limit:.0f} s", flush=True)
+        outcome = run(part, folder, limit)
+        spare = max(0.0, limit - outcome.seconds)
+        outcomes.append(outcome)
+        report = json.dumps([asdict(one) for one in outcomes], indent=1)
+        (folder / "report.json").write_text(report + "\n", encoding="utf-8")
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts and print one screen; 1 if a part failed, 2 without a GPU."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    names = [part.name for part in parts(Path())]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="all checks and benchmarks of a GPU")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="only these; all by default")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything together")
+    parser.add_argument("--out", type=Path, help="folder of the results, instead of benchmarks/results/<device>/<run>")
+    options = parser.parse_args(given)
+    if options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu needs an NVIDIA GPU; none is visible", file=sys.stderr)
+        return 2
+    facts = environment(given)
+    stamp = f"{str(facts['date'])[:10]}-{str(facts['revision'])[:7]}"
+    folder = options.out or ROOT / "benchmarks" / "results" / str(facts["machine"]) / stamp
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    outcomes = run_all([part for part in parts(folder) if part.name in options.parts], folder, options.minutes)
+    for outcome in outcomes:
+        tail = (folder / outcome.log).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = tail if outcome.name == "summary" else tail[-3:]
+        print(f"\n{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s. {outcome.reason}", *lines, sep="\n  ")
+    print(f"\n{sum(one.status == 'ok' for one in outcomes)} of {len(outcomes)} parts are well; everything is in {folder}")
+    return 0 if all(one.status == "ok" for one in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`make gpu` where there is no GPU: that a part which fails, hangs or is missing costs that part only."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import igpt_kernels
+from benchmarks import gpu, sanitize
+from benchmarks.gpu import Part
+
+PYTHON = sys.executable
+
+
+def part(name: str, *code: str, share: float = 0.2) -> Part:
+    return Part(name, tuple((PYTHON, "-c", one) for one in code), share)
+
+
+def test_a_part_that_fails_or_hangs_costs_that_part(tmp_path: Path) -> None:
+    chosen = [
+        part("good", "print('fine')"),
+        part("bad", "raise SystemExit(3)", "print('after it')"),
+        Part("absent", (("no-such-tool",), (PYTHON, "-c", "print('after it')")), 0.2),
+        part("slow", "import time; time.sleep(600)", "print('never')", share=0.0),
+        part("last", "print('last')"),
+    ]
+    outcomes = {outcome.name: outcome for outcome in gpu.run_all(chosen[:3], tmp_path, 1.0)}
+    assert [outcomes[name].status for name in ("good", "bad", "absent")] == ["ok", "failed", "failed"]
+    assert "exit code 3" in outcomes["bad"].reason
+    assert "no-such-tool does not start" in outcomes["absent"].reason
+    assert "after it" in (tmp_path / "bad.log").read_text()
+    assert "after it" in (tmp_path / "absent.log").read_text()
+    slow = gpu.run(chosen[3], tmp_path, 1.0)
+    assert (slow.status, slow.reason) == ("timeout", "not done after 1 s")
+    assert "never\n" not in (tmp_path / "slow.log").read_text().splitlines(keepends=True)
+    assert gpu.run(chosen[4], tmp_path, 10.0).status == "ok"
+    assert [row["name"] for row in json.loads((tmp_path / "report.json").read_text())] == ["good", "bad", "absent"]
+
+
+def test_children_of_a_part_end_with_it(tmp_path: Path) -> None:
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run(part("parent", code), tmp_path, 1.0).status == "timeout"
+    import time
+
+    time.sleep(3)
+    assert not mark.exists()
+
+
+def test_time_that_is_left_goes_to_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.run_all([part("first", "pass", share=0.5), part("second", "pass", share=0.5)], tmp_path, 1.0)
+    first, second = (int(line.split()[3]) for line in capsys.readouterr().out.splitlines())
+    assert first == 30
+    assert second > 50
+
+
+def test_parts_together_fit_the_time_and_name_what_there_is(tmp_path: Path) -> None:
+    every = gpu.parts(tmp_path)
+    assert [one.name for one in every] == ["build", "tests", "sanitizer", "bench", "summary"]
+    assert torch.cuda.is_available() or gpu.main(["--parts", "build"]) == 2
+    tests = [word for word in every[1].commands[0] if word.endswith(".py")]
+    marked = {
+        str(path.relative_to(gpu.ROOT)) for path in (gpu.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
+    }
+    assert set(tests) == {path for path in marked if path != "tests/benchmarks/test_gpu_command.py"}
+
+
+def test_every_public_operation_goes_under_the_sanitizer() -> None:
+    calls = [node for node in ast.walk(ast.parse(Path(sanitize.__file__).read_text())) if isinstance(node, ast.Call)]
+    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    wanted = set(igpt_kernels.__all__) - {"explain", "layouts"}
+    assert wanted <= called
+    assert {room for rooms in gpu.TOOLS.values() for room in rooms.split()} == set(sanitize.ROOMS)
+    assert set(gpu.TOOLS) == {"memcheck", "racecheck", "initcheck", "synccheck"}
