@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-hf gpu soak tune check audit mutants format bench golden wheel clean
+.PHONY: help env demo test test-hf gpu tune check audit mutants soak format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,9 +40,6 @@ test-hf: env ## Tests of swapped Hugging Face models with another release (TRANS
 gpu: ## On a machine with a GPU and torch: build, tests, sanitizers, benchmarks, targets; under nine minutes. Installs nothing.
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
-soak: env ## The C++ under sanitizers with random input, for five minutes (MINUTES=5).
-	@IGPT_FUZZ_SECONDS=$$((60 * $${MINUTES:-5})) $(BIN)/python -m pytest -q -s tests/igpt_kernels/test_fuzz.py -k random
-
 tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune
 
@@ -54,7 +51,17 @@ check: env ## Format, lint, types; imports point one way and cost nothing.
 	@echo "format, lint, types and imports are clean"
 
 audit: env ## Compile every shipped kernel configuration without a GPU: registers, spills, shared memory, tensor core instructions.
-	@$(BIN)/python -m benchmarks.audit
+	@$(BIN)/python -m benchmarks.audit && $(BIN)/python -m benchmarks.audit_cuda
+
+# Needs a compiler only. The flags of the build where they touch numbers, and every check of memory and of arithmetic.
+FUZZ ?= build/fuzz
+$(FUZZ): tests/csrc/fuzz.cpp $(wildcard csrc/*.h) csrc/palette.cpp
+	@mkdir -p $(dir $@)
+	@$${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -Werror -ffp-contract=off -fno-omit-frame-pointer \
+		-fsanitize=address,undefined -fno-sanitize-recover=all tests/csrc/fuzz.cpp csrc/palette.cpp -o $@
+
+soak: $(FUZZ) ## The C++ of csrc under sanitizers, fuzzed for SECONDS_OF_SOAK (default 300), another seed each day.
+	@$(FUZZ) $${SECONDS_OF_SOAK:-300} $${SEED:-$$(date +%Y%m%d)000000}
 
 mutants: env ## Break the kernels one line at a time; each break must be caught by a named test (minutes).
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants

@@ -19,11 +19,13 @@ TESTS = "tests/interpreter/test_attention_kernels.py"
 SPARSE = "tests/interpreter/test_sparse_kernels.py"
 LOSS = "tests/interpreter/test_loss_kernels.py"
 FUSED = "tests/interpreter/test_fused_kernels.py"
+CSRC = "tests/igpt_kernels/test_csrc.py"
+DEVICE = "../../csrc/palette_device.h"
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One break: replace `old` (all its places) by `new` in a file of igpt_kernels/_triton, and run `test`."""
+    """One break: replace `old` (all its places) by `new` in a file, its path from igpt_kernels/_triton, and run `test`."""
 
     what: str
     file: str
@@ -619,6 +621,68 @@ MUTANTS = (
         "test_gelu_rows",
         FUSED,
     ),
+    Mutant(
+        "CUDA lookup: reads beyond a run",
+        DEVICE,
+        "begin + kUnit + 4 <= view.run",
+        "begin + kUnit <= view.run",
+        "test_fuzz",
+        CSRC,
+    ),
+    Mutant(
+        "CUDA lookup: last unit taken as whole",
+        DEVICE,
+        "if (begin + kUnit > view.run) {",
+        "if (begin + kUnit >= view.run + 2) {",
+        "test_fuzz",
+        CSRC,
+    ),
+    Mutant(
+        "CUDA lookup: wide stores to odd places",
+        DEVICE,
+        "if (misalignment(to, 16) == 0) {",
+        "if (misalignment(to, 8) == 0) {",
+        "test_fuzz",
+        CSRC,
+    ),
+    Mutant("CUDA lookup: red and blue exchanged", DEVICE, "<< (16 - 8 * channel)", "<< (8 * channel)", "test_fuzz", CSRC),
+    Mutant(
+        "CUDA pixels: one too many at the end", DEVICE, "if (i < length - begin)", "if (i <= length - begin)", "test_fuzz", CSRC
+    ),
+    Mutant(
+        "CUDA pixels: a token of V let through",
+        DEVICE,
+        "< static_cast<uint64_t>(size);",
+        "<= static_cast<uint64_t>(size);",
+        "test_fuzz",
+        CSRC,
+    ),
+    Mutant("CUDA table: ties to the highest index", DEVICE, "far < own.least[i]", "far <= own.least[i]", "test_fuzz", CSRC),
+    Mutant(
+        "CUDA table: candidates dropped too soon",
+        DEVICE,
+        "- 2 * half * spread > slack",
+        "- half * spread > slack",
+        "test_fuzz",
+        CSRC,
+    ),
+    Mutant("CUDA table: sum in another order", DEVICE, "(r * r + g * g) + b * b", "r * r + (g * g + b * b)", "test_fuzz", CSRC),
+    Mutant(
+        "CUDA table: room for candidates overrun",
+        DEVICE,
+        "if (kept <= kKept - kTeam &&",
+        "if (kept <= kKept &&",
+        "test_fuzz",
+        CSRC,
+    ),
+    Mutant(
+        "CPU lookup: reads beyond the pixels",
+        "../../csrc/palette.cpp",
+        "i < count - 1; ++i",
+        "i < count; ++i",
+        "test_fuzz",
+        CSRC,
+    ),
 )
 
 
@@ -661,13 +725,14 @@ def main() -> int:
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("igpt_kernels", "tests", "igpt"):
+        for name in ("igpt_kernels", "tests", "igpt", "csrc", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for name in ("pyproject.toml", "Makefile"):
+            shutil.copy(ROOT / name, copy)
         for mutant in MUTANTS:
             test = caught(mutant, copy)
             survived += not test
-            print(f"{mutant.file:18} {mutant.what:34} {'caught by ' + test if test else 'SURVIVED'}", flush=True)
+            print(f"{Path(mutant.file).name:18} {mutant.what:38} {'caught by ' + test if test else 'SURVIVED'}", flush=True)
     print(f"{len(MUTANTS) - survived} of {len(MUTANTS)} breaks caught")
     return 1 if survived else 0
 
