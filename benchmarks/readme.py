@@ -167,11 +167,15 @@ def models(results: Results) -> str:
     for suite, way, words in (("train", "step", "training step"), ("sample", "forward", "one more pixel")):
         sizes = dict.fromkeys((row["preset"], row["resolution"]) for row in results.all(suite=suite))
         for preset, side in sizes:
-            cells = [
-                _time(results.one(suite=suite, method=method, preset=preset, resolution=side, way=way)) for method in MODELS
-            ]
+            rows = [results.one(suite=suite, method=method, preset=preset, resolution=side, way=way) for method in MODELS]
+            cells = [_time(row) + _kept(row, suite) for row in rows]
             lines.append(f"| {words}, {preset}, {side}² | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _kept(row: Message | None, suite: str) -> str:
+    """The peak memory of a training step, behind its time."""
+    return f", {_peak(row)}" if row is not None and row["status"] == "ok" and suite == "train" else ""
 
 
 MODELS = ("hf-eager", "hf-compile", "hf-kernels", "plain", "kernels", "sparse")
