@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt_kernels import testing
+from igpt_kernels import backends, linear_cross_entropy, testing
 from igpt_kernels._triton.linear_cross_entropy import launch_cross_entropy_backward, launch_cross_entropy_forward
 from igpt_kernels.reference import linear_cross_entropy_reference
 from igpt_kernels.tuning import Config
@@ -269,3 +269,27 @@ def test_offsets_beyond_32_bits() -> None:
     got = launch_cross_entropy_forward(sideways, sideways, target, **how)
     wanted = launch_cross_entropy_forward(small.t(), small.t(), target, **how)
     assert all(torch.equal(mine, true) for mine, true in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("width", [64, 100])
+def test_from_the_public_function_to_the_kernels(
+    width: int, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU would run, with the shipped configurations: checks, operators, derivatives, launchers, kernels."""
+    monkeypatch.setattr(backends, "choose", lambda backend, table, op: "triton")
+    hidden = matrix(150, width, dtype, 1, "offset").view(3, 50, width)
+    weight, target = matrix(70, width, dtype, 2) / 8, targets(150, 70, 3).view(3, 50)
+    grad = torch.randn(target.shape if reduction == "none" else (), generator=torch.Generator().manual_seed(4))
+    runs = []
+    for call, wide in (
+        (linear_cross_entropy, False),
+        (linear_cross_entropy_reference, True),
+        (linear_cross_entropy_reference, False),
+    ):
+        leaves = [x.to(torch.float64 if wide else dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        loss = call(*leaves, target, reduction=reduction, z_loss=1e-3)
+        runs.append([loss.detach(), *torch.autograd.grad(loss, leaves, grad.to(loss.dtype))])
+    for mine, true, low in zip(*runs, strict=True):
+        testing.error_ratio(mine, true, low, factor=3, floor=4.0)
