@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from igpt_kernels import _build
+
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = {"memcheck": "attention sparse fused palette", "racecheck": "attention sparse", "initcheck": "fused palette"}
+TOOLS = {
+    "memcheck": "palette attention sparse fused",
+    "racecheck": "palette attention sparse",
+    "initcheck": "palette fused",
+    "synccheck": "palette attention sparse fused",
+}
 """compute-sanitizer's tools and the rooms of `benchmarks.sanitize` they run on; racecheck is some twenty times slower."""
-TOOLS |= {"synccheck": "attention sparse fused"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,11 @@ def parts(folder: Path) -> list[Part]:
     """All parts, in order; `folder` takes their results."""
     python = sys.executable
     tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu*.py"))]
+    sanitizer = shutil.which("compute-sanitizer") or str(
+        Path(_build.toolkit().path or "/usr/local/cuda") / "bin/compute-sanitizer"
+    )
     sanitizers = [
-        ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize", *rooms.split())
+        (sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize", *rooms.split())
         for tool, rooms in TOOLS.items()
     ]
     return [
@@ -67,7 +77,10 @@ def run(part: Part, folder: Path, seconds: float) -> Outcome:
     """Run the commands of a part into its log, also after one of them failed, until its time is over."""
     log = folder / f"{part.name}.log"
     start, failures = time.monotonic(), []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = dict(os.environ)
+    if part.name == "sanitizer":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else memcheck takes the whole cache for one allocation
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with log.open("w", encoding="utf-8") as file:
         for command in part.commands:
             left = seconds - (time.monotonic() - start)
