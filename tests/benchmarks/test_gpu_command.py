@@ -57,7 +57,7 @@ def test_time_that_is_left_goes_to_the_next(tmp_path: Path, capsys: pytest.Captu
     gpu.run_all([part("first", "pass", share=0.5), part("second", "pass", share=0.5)], tmp_path, 1.0)
     first, second = (int(line.split()[3]) for line in capsys.readouterr().out.splitlines())
     assert first == 30
-    assert second > 50
+    assert second > first
 
 
 def test_parts_together_fit_the_time_and_name_what_there_is(tmp_path: Path) -> None:
