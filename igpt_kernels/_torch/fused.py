@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 _PIECE = 1 << 18
-"""Values a thread takes at a time: 1 MiB of float32, the L2 cache of a core. Half of that costs 15 % more, all 40 %."""
+"""Values a thread takes at a time: 1 MiB of float32, the L2 cache of a core. The norm's backward takes 1.2 times as long
+with a quarter of that, 1.6 times in one piece (4096 x 1024, roughly: on a busy machine)."""
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
