@@ -48,8 +48,8 @@ def page(title: str, sections: list[Section], headline: list[str], seconds: floa
     """The whole page; versions and devices stand at its end."""
     facts = collect()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    extension = facts["extension"]
-    made = f"{versions}; Python {facts['python']}; extension {'loaded' if extension['loaded'] else extension['reason']}"
+    libraries = (f"{device} {'loaded' if one['loaded'] else one['reason']}" for device, one in facts["extension"].items())
+    made = f"{versions}; Python {facts['python']}; extension: {'; '.join(libraries)}"
     lines = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>',
         f"<h1>{escape(title)}</h1>",
