@@ -69,7 +69,7 @@ mutants: env ## Break the kernels one line at a time; each break must be caught 
 format: env ## Rewrite the sources in the project's format.
 	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
 
-bench: env ## Benchmarks beside peers, each case checked before it is timed (twenty minutes on two cores; BENCH=--quick: one).
+bench: env ## Benchmarks beside peers, each case checked before it is timed (under ten minutes on two cores; BENCH=--quick: one).
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 golden: env ## Regenerate the golden data of the tests.

@@ -309,18 +309,20 @@ def _not_yet(case: Case, way: str) -> str:
 
 
 _ANSWER: dict[str, str] = {}
+THEIRS = ("transformers",)
+THEIR_MODEL = ("transformers.models.imagegpt.modeling_imagegpt",)
 
 
 def _methods(*, train: bool) -> dict[str, Method]:
     heavy = _kept_scores if train else None
     methods = {
-        "hf-eager": Method(_hugging_face(""), needs=("transformers",), memory=heavy),
+        "hf-eager": Method(_hugging_face(""), THEIRS, THEIR_MODEL, memory=heavy),
         "plain": Method(_ours(False), memory=heavy),
     }
     if train:  # a cache that grows compiles anew at every pixel
-        methods["hf-compile"] = Method(_hugging_face("compile"), needs=("transformers",), memory=heavy, compiled=True)
+        methods["hf-compile"] = Method(_hugging_face("compile"), THEIRS, THEIR_MODEL, memory=heavy, compiled=True)
     return methods | {
-        "hf-kernels": Method(_hugging_face("kernels"), needs=("transformers",), refuses=_not_yet),
+        "hf-kernels": Method(_hugging_face("kernels"), THEIRS, THEIR_MODEL, refuses=_not_yet),
         "kernels": Method(_ours(True)),
         "sparse": Method(_ours(True, sparse=True)),
     }

@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("benchmarks.gpu needs an NVIDIA GPU; none is visible", file=sys.stderr)
+        print("benchmarks.gpu needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
         return 2
     facts = environment(given)
     stamp = f"{str(facts['date'])[:10]}-{str(facts['revision'])[:7]}"

@@ -137,6 +137,7 @@ class Method:
     Attributes:
         make: case -> what `Operation.prepare` and `Operation.verify` run; imports its library when it is called.
         needs: modules that must be installed.
+        loads: modules that are loaded once for all cases, before children are forked.
         public: name in `igpt_kernels` that must exist; a version without it skips the case.
         devices: where it runs.
         refuses: (case, way) -> why it cannot, or an empty string.
@@ -146,6 +147,7 @@ class Method:
 
     make: Callable[[Case], Any]
     needs: tuple[str, ...] = ()
+    loads: tuple[str, ...] = ()
     public: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
     refuses: Callable[[Case, str], str] | None = None
@@ -244,27 +246,24 @@ PLANS: dict[tuple[str, str], tuple[Pick, ...]] = {
         Pick("sample", presets=("tiny",), resolutions=(32,), methods=("plain", "kernels")),
     ),
     ("cpu", "default"): (
-        Pick("attention"),
-        Pick("attention", presets=("M", "L"), resolutions=(64,), methods=("eager", "sdpa", "flash")),
+        Pick("attention", methods=("eager", "sdpa", "flash")),
+        Pick("attention", resolutions=(32, 48, 64, 96), methods=("flex",)),
+        Pick("attention", presets=("M", "L"), resolutions=(32,), methods=("eager", "sdpa", "flash")),
         Pick("sparse", ops=("local2d:7",), methods=("sparse",)),
-        Pick("sparse", ops=("local2d:7",), resolutions=(32, 48, 64, 96, 128), methods=("flex",)),  # lists of 256² take a minute
-        Pick("sparse", ops=("row_column", "strided"), resolutions=(64,)),
-        Pick("sparse", ops=("local2d:15", "row_column", "strided"), resolutions=(128,), methods=("sparse",)),
+        Pick("sparse", ops=("local2d:7",), resolutions=(32, 64, 96, 128), methods=("flex",)),  # lists of 256² take a minute
+        Pick("sparse", ops=("local2d:15", "row_column", "strided"), resolutions=(64,)),
         Pick("sparse", ops=("build",), resolutions=(64, 256)),
-        Pick("sparse", presets=("M", "L"), ops=("local2d:7",), resolutions=(64,), methods=("sparse",)),
+        Pick("sparse", presets=("M", "L"), ops=("local2d:7",), resolutions=(32,), methods=("sparse",)),
         Pick("decode", resolutions=(32, 64, 128, 256)),
-        Pick("fused", resolutions=(64, 128), methods=("eager", "torch", "ours")),
+        Pick("fused", resolutions=(32, 64), methods=("eager", "torch", "ours")),
         Pick("fused", resolutions=(64,), methods=("compile",)),
         Pick("palette", resolutions=(0, 32, 64, 256)),
-        Pick(
-            "train",
-            presets=("tiny",),
-            resolutions=(32, 64, 96, 128),
-            methods=("plain", "kernels", "sparse", "hf-eager", "hf-kernels"),
-        ),
+        Pick("train", presets=("tiny",), resolutions=(32, 64), methods=("hf-eager", "hf-kernels", "plain")),
+        Pick("train", presets=("tiny",), resolutions=(32, 64, 96, 128), methods=("kernels", "sparse")),
         Pick("train", presets=("tiny",), resolutions=(32,), methods=("hf-compile",)),
-        Pick("train", presets=("S",), resolutions=(32,), methods=("plain", "kernels", "hf-eager", "hf-kernels")),
-        Pick("sample", presets=("tiny", "S"), resolutions=(32, 64)),
+        Pick("train", presets=("S",), resolutions=(32,), methods=("hf-eager", "hf-kernels", "kernels")),
+        Pick("sample", presets=("tiny",), resolutions=(32,)),
+        Pick("sample", resolutions=(32, 64)),
     ),
     ("cuda", "quick"): (
         Pick("attention", presets=("S", "M", "L"), resolutions=(32,), methods=("sdpa", "flash")),
@@ -305,14 +304,14 @@ FULL = tuple(
 
 
 def batch_of(suite: str, op: str, preset: str, tokens: int, device: str) -> int:
-    """Images at once: one on a CPU (palette: eight); on a GPU as many as fill it.
+    """Images at once: one on a CPU (palette: eight, above 128² two); on a GPU as many as fill it.
 
     Attention takes a million rows B·H·T, which is where targets are stated; decoding reads 256 MiB
     of keys and values, beyond any cache; fused operations run over 2¹⁸ pixels.
     """
     heads, head_dim = PRESETS[preset]
     if device == "cpu":
-        return 8 if suite == "palette" and op == "lookup" else 1
+        return (2 if tokens > 2**14 else 8) if suite == "palette" and op == "lookup" else 1
     wanted = {
         "attention": 2**20 // (heads * tokens),
         "sparse": 2**20 // (heads * tokens),
@@ -332,7 +331,7 @@ def default_dtype(suite: str, device: str) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a user asks for; what is left out is taken from the plan of the mode."""
+    """What a user asks for; what is left out is taken from the plan of the mode, which refuses nothing that is named."""
 
     device: str
     mode: str = "default"
@@ -361,7 +360,7 @@ def plan(selection: Selection) -> Iterator[Case]:
         if selection.suites and pick.suite not in selection.suites:
             continue
         for (suite, name), operation in operations().items():
-            if suite != pick.suite or (pick.ops and name not in pick.ops):
+            if suite != pick.suite or (pick.ops and name not in (*pick.ops, *selection.ops)):
                 continue
             if selection.ops and name not in selection.ops:
                 continue
@@ -371,7 +370,8 @@ def plan(selection: Selection) -> Iterator[Case]:
                         continue
                     batch = pick.batch or batch_of(suite, name, preset, max(resolution**2, 1), selection.device)
                     methods = wanted.setdefault((suite, name, preset, resolution, batch), [])
-                    methods += [m for m in operation.methods if m not in methods and (not pick.methods or m in pick.methods)]
+                    open_to = (*pick.methods, *selection.methods) if pick.methods else tuple(operation.methods)
+                    methods += [m for m in operation.methods if m not in methods and m in open_to]
     done = set()
     order = {(suite, name): place for place, (suite, name) in enumerate(operations())}
     ranks = list(PRESETS)

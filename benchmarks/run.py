@@ -158,7 +158,7 @@ class Runner:
             else:
                 self._add(case, way, columns)
         while left:
-            started, ended = time.monotonic(), [left[0]]
+            since, ended = [time.monotonic()], [left[0]]
             finished: list[str] = []
 
             def receive(message: Message) -> None:
@@ -167,14 +167,16 @@ class Runner:
                     ended[0] = way  # noqa: B023 - called within this turn of the loop
                     return
                 finished.append(way)  # noqa: B023
-                self._add(case, way, message)
+                now = time.monotonic()
+                self._add(case, way, {**message, "wall_s": round(now - since[0], 1)})  # noqa: B023
+                since[0] = now  # noqa: B023
 
             order = Order(case, tuple(left), self.settings.budget, self.memory)
             end = worker.run_child(worker.perform, order, self._limits(case), receive)
             left = [way for way in left if way not in finished]
             if left:  # the child was stopped or died in one of them; the others get a child of their own
                 blamed = ended[0] if ended[0] in left else left[0]
-                self._add(case, blamed, _columns(end, time.monotonic() - started))
+                self._add(case, blamed, _columns(end, time.monotonic() - since[0]))
                 left.remove(blamed)
 
     def _limits(self, case: Case) -> Limits:

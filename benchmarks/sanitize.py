@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.rooms) - set(ROOMS):
         parser.error(f"rooms must be of {', '.join(ROOMS)}; got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
-        print("benchmarks.sanitize needs an NVIDIA GPU; none is visible", file=sys.stderr)
+        print("benchmarks.sanitize needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     makers = {"attention": attention, "sparse": sparse, "fused": fused, "palette": palette}

@@ -151,7 +151,7 @@ def best(kernel: str, bits: str, head_dim: int, shipped: tuning.Config, other: t
 def main() -> int:
     """Tune all that the nearest table lists, and write the device's own; 2 without a GPU."""
     if not torch.cuda.is_available():
-        print("benchmarks.tune needs an NVIDIA GPU; none is visible", file=sys.stderr)
+        print("benchmarks.tune needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
         return 2
     shipped: Mapping[str, Mapping[str, Mapping[str, tuning.Config]]] = tuning.table(tuning.table_for(torch.device("cuda", 0)))
     kernels: dict[str, dict[str, dict[str, list[int]]]] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from igpt.config import InfoOptions
+from igpt.machine import without_cuda
 from igpt_kernels import _ext, backends
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +37,8 @@ def collect() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
         devices.append(f"cuda:{index}: {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
+    if reason := without_cuda():
+        devices.append(f"cuda: none: {reason}")
     devices_of: tuple[_ext.Device, ...] = ("cpu", "cuda")
     libraries = {device: _ext.status(device) for device in devices_of}
     return {

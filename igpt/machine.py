@@ -25,8 +25,24 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device: {name} is not there; this machine has cpu and {torch.cuda.device_count()} CUDA devices")
+        why = without_cuda() or f"this machine has cpu and {torch.cuda.device_count()} CUDA devices"
+        raise ConfigError(f"device: {name} is not there; {why}")
     return device
+
+
+def without_cuda() -> str:
+    """Why no CUDA device can be used: a torch without CUDA, no driver or one too old, none visible; empty when one can."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA; to use an NVIDIA GPU install another build (https://pytorch.org)"
+        )
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use a GPU: {str(error).strip().splitlines()[0]}"
+    return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU"
 
 
 @contextlib.contextmanager

@@ -81,6 +81,12 @@ def test_the_full_plan_has_every_resolution_and_preset() -> None:
         assert {(preset, side) for preset in presets for side in sides} <= found
 
 
+def test_a_plan_refuses_nothing_that_is_named() -> None:
+    assert "sdpa-flash" not in {case.method for case in plan(Selection("cpu", suites=("attention",)))}
+    assert "sdpa-flash" in {case.method for case in plan(Selection("cpu", suites=("attention",), methods=("sdpa-flash",)))}
+    assert {case.op for case in plan(Selection("cpu", suites=("sparse",), ops=("fixed",), presets=("S",)))} == {"fixed"}
+
+
 def test_a_users_own_shape() -> None:
     cases = list(plan(Selection("cpu", suites=("attention", "decode"), shape=(2, 3, 77, 24))))
     assert {case.shape for case in cases} == {"2x3x77x24"}

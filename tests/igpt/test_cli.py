@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from igpt import cli, config
+from igpt.errors import ConfigError
+from igpt.machine import pick_device
 from igpt_kernels import backends
 
 
@@ -115,6 +118,38 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert "extension" in text
     assert "linear_cross_entropy" in text
+
+
+@pytest.mark.parametrize(
+    ("cuda", "error", "wanted"),
+    [
+        (None, None, "is built without CUDA; to use an NVIDIA GPU install another build"),
+        (
+            "13.0",
+            "Found no NVIDIA driver on your system.\nMore.",
+            "for CUDA 13.0 cannot use a GPU: Found no NVIDIA driver on your",
+        ),
+        ("13.0", "No CUDA GPUs are available", "cannot use a GPU: No CUDA GPUs are available"),
+    ],
+    ids=["built without", "no driver", "none visible"],
+)
+def test_why_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cuda: str | None, error: str | None, wanted: str
+) -> None:
+    def init() -> None:
+        assert error is not None
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert cli.main(["info"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device        cuda")]
+    assert wanted in line
+    with pytest.raises(ConfigError, match="device: cuda is not there") as raised:
+        pick_device("cuda")
+    assert wanted in str(raised.value)
 
 
 def test_leading_words_are_the_options_they_stand_for() -> None:
