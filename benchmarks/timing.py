@@ -67,13 +67,13 @@ def _uncollected() -> Iterator[None]:
 
 
 def cpu_times(run: Callable[[], object], budget: float, most: int = 40) -> Times:
-    """Seconds of each call, at least 3 of them (2 above 2.5 s); calls far below a millisecond are timed several at once."""
+    """Seconds of each call, at least 3 of them (2 above 1.5 s); calls far below a millisecond are timed several at once."""
     with _uncollected():
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start
         inner = max(1, int(5e-4 / max(first, 1e-9)))
-        count = min(max(int(budget / max(first * inner, 1e-9)), 3 if first < 2.5 else 2), most)
+        count = min(max(int(budget / max(first * inner, 1e-9)), 3 if first < 1.5 else 2), most)
         samples = [] if inner > 1 or first < budget / 10 else [first]  # a long call needs no warm-up beyond the check's
         while len(samples) < count:
             start = time.perf_counter()
