@@ -1,9 +1,10 @@
 """Everything a GPU has to prove, in one command of under nine minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-Parts, each a process of its own with a limit on its time: `build` (the extension, in place), `tests` (marked gpu), `sanitizer`
-(compute-sanitizer's four tools on small calls of every kernel), `bench` (the quick benchmarks), `summary` (targets beside what
-was measured). A part that fails or runs out of time costs that part. Everything goes to
-``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json, a log for each part, results.jsonl.
+Parts, each with a limit on its time: `build` (the extension, in place), `compile` (small calls of every kernel, in processes
+side by side, so that later parts find them compiled), `tests` (marked gpu), `sanitizer` (compute-sanitizer's four tools on the
+same calls), `bench` (the quick benchmarks), `summary` (targets beside what was measured). A part that fails or runs out of time
+costs that part. Everything goes to ``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json, a log for
+each part, results.jsonl.
 """
 
 from __future__ import annotations
@@ -23,13 +24,8 @@ from pathlib import Path
 from igpt_kernels import _build
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = {
-    "memcheck": "palette attention sparse fused",
-    "racecheck": "palette attention sparse",
-    "initcheck": "palette fused",
-    "synccheck": "palette attention sparse fused",
-}
-"""compute-sanitizer's tools and the rooms of `benchmarks.sanitize` they run on; racecheck is some twenty times slower."""
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+"""compute-sanitizer's tools, what matters most first; each runs over all of `benchmarks.sanitize`."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +56,31 @@ def parts(folder: Path) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer") or str(
         Path(_build.toolkit().path or "/usr/local/cuda") / "bin/compute-sanitizer"
     )
-    sanitizers = [
-        (sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize", *rooms.split())
-        for tool, rooms in TOOLS.items()
-    ]
+    calls = (python, "-m", "benchmarks.sanitize")
+    sanitizers = [(sanitizer, "--tool", tool, "--error-exitcode", "9", *calls) for tool in TOOLS]
     return [
         Part("build", ((python, "setup.py", "-q", "build_ext", "--inplace"),), 0.12),
-        Part("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *tests),), 0.32),
-        Part("sanitizer", tuple(sanitizers), 0.22),
-        Part("bench", ((python, "-m", "benchmarks", "--device", "cuda", "--quick", "--out", str(folder)),), 0.40),
-        Part("summary", ((python, "-m", "benchmarks.targets", str(folder)),), 0.05),
+        Part("compile", ((*calls, "--at-once"),), 0.10),
+        Part("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *tests),), 0.28),
+        Part("sanitizer", tuple(sanitizers), 0.20),
+        Part("bench", ((python, "-m", "benchmarks", "--device", "cuda", "--quick", "--out", str(folder)),), 0.36),
+        Part("summary", ((python, "-m", "benchmarks.targets", str(folder)),), 0.04),
     ]
 
 
 def run(part: Part, folder: Path, seconds: float) -> Outcome:
-    """Run the commands of a part into its log, also after one of them failed, until its time is over."""
+    """Run the commands of a part into its log, each for an equal share of the time that is left, whatever became of others."""
     log = folder / f"{part.name}.log"
-    start, failures = time.monotonic(), []
+    start, failures, late = time.monotonic(), [], False
     environment = dict(os.environ)
     if part.name == "sanitizer":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else memcheck takes the whole cache for one allocation
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with log.open("w", encoding="utf-8") as file:
-        for command in part.commands:
-            left = seconds - (time.monotonic() - start)
+        for place, command in enumerate(part.commands):
+            limit = (seconds - (time.monotonic() - start)) / (len(part.commands) - place)
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
-            if left <= 0:
-                return Outcome(part.name, "timeout", time.monotonic() - start, f"no time left for {command[0]}", log.name)
             try:
                 child = subprocess.Popen(
                     command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -96,14 +89,15 @@ def run(part: Part, folder: Path, seconds: float) -> Outcome:
                 failures.append(f"{command[0]} does not start: {error}")
                 continue
             try:
-                code = child.wait(left)
+                if code := child.wait(limit):
+                    failures.append(f"exit code {code} of {' '.join(command[:5])}")
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)  # its children too
                 child.wait()
-                return Outcome(part.name, "timeout", time.monotonic() - start, f"not done after {seconds:.0f} s", log.name)
-            if code:
-                failures.append(f"exit code {code} of {' '.join(command[:5])}")
-    return Outcome(part.name, "failed" if failures else "ok", time.monotonic() - start, "; ".join(failures), log.name)
+                failures.append(f"not done after {limit:.0f} s: {' '.join(command[:5])}")
+                late = True
+    status = "timeout" if late else "failed" if failures else "ok"
+    return Outcome(part.name, status, time.monotonic() - start, "; ".join(failures), log.name)
 
 
 def environment(arguments: Sequence[str]) -> dict[str, object]:

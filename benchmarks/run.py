@@ -13,8 +13,8 @@ from benchmarks import registry, report, worker
 from benchmarks.registry import Case, Selection
 from benchmarks.worker import End, Limits, Message, Order
 
-CALLS = 10
-"""Calls of the slowest way that a case takes: for memory, for the check, two or three that are timed, and the faster ways."""
+CALLS = 5
+"""Calls of the slowest way that a case takes, for each of its ways: for memory, for the check, two or three that are timed."""
 MARGIN = 1.5
 """How far below the machine's matrix product a lower bound of time is taken: a turbo clock must not hide a feasible case."""
 
@@ -195,7 +195,7 @@ class Runner:
                 words = f"predicted: {what} take {_words(size)}, the limit is {_words(self.memory)}"
                 return {"status": "oom", "reason": words, "predicted_bytes": size}
         cost = operation.cost(case, way)
-        limit = self.settings.seconds / CALLS
+        limit = self.settings.seconds / (CALLS * len(operation.ways))
         by_smaller = self._by_smaller(case, way, cost.flops or cost.bytes or cost.count, limit)
         if by_smaller is not None:
             return by_smaller

@@ -7,6 +7,7 @@ in play. Exit code 0 says that the calls ran and gave finite numbers; what they 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -104,22 +105,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the calls; 1 if one gave a number that is not finite, 2 without a GPU."""
     parser = argparse.ArgumentParser(description="small calls of every kernel, to run under compute-sanitizer")
     parser.add_argument("rooms", nargs="*", help=f"of {', '.join(ROOMS)}; all when none is named")
+    parser.add_argument("--bits", nargs="+", type=int, choices=list(DTYPES), default=list(DTYPES), help="of the values; both")
+    parser.add_argument(
+        "--at-once", action="store_true", help="a process for each room and width: fills Triton's cache quickly"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.rooms) - set(ROOMS):
         parser.error(f"rooms must be of {', '.join(ROOMS)}; got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         print("benchmarks.sanitize needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
         return 2
+    chosen = [(room, bits) for room in options.rooms or ROOMS for bits in options.bits if room != "palette" or bits == 16]
+    if options.at_once:
+        command = [sys.executable, "-m", "benchmarks.sanitize"]
+        children = [subprocess.Popen([*command, room, "--bits", str(bits)]) for room, bits in chosen]
+        return max(child.wait() != 0 for child in children)
     torch.manual_seed(0)
     makers = {"attention": attention, "sparse": sparse, "fused": fused, "palette": palette}
     wrong = calls = 0
-    for room in options.rooms or ROOMS:
-        for bits in (16, 32) if room != "palette" else (16,):
-            for name, call in makers[room](bits):
-                calls += 1
-                if not all(bool(torch.isfinite(x.double()).all()) for x in call()):
-                    wrong += 1
-                    print(f"{name}, {bits} bits: not finite", flush=True)
+    for room, bits in chosen:
+        for name, call in makers[room](bits):
+            calls += 1
+            if not all(bool(torch.isfinite(x.double()).all()) for x in call()):
+                wrong += 1
+                print(f"{name}, {bits} bits: not finite", flush=True)
     print(f"{calls} calls, {wrong} with numbers that are not finite")
     return 1 if wrong else 0
 

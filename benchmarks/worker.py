@@ -187,7 +187,8 @@ def measure(order: Order) -> Iterator[Message]:
                 failed[way] = failure(error)
         yield {"way": order.ways[0], "started": True}
         left = [way for way in order.ways if way not in failed]
-        ratio = operation.verify(case, subject) if left else 0.0
+        verify = (left == ["forward"] and operation.verify_forward) or operation.verify
+        ratio = verify(case, subject) if left else 0.0
         rates = machine.rates(case.device, getattr(torch, case.dtype))
     except Exception as error:
         for way in order.ways:

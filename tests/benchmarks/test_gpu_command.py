@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_a_part_that_fails_or_hangs_costs_that_part(tmp_path: Path) -> None:
         part("good", "print('fine')"),
         part("bad", "raise SystemExit(3)", "print('after it')"),
         Part("absent", (("no-such-tool",), (PYTHON, "-c", "print('after it')")), 0.2),
-        part("slow", "import time; time.sleep(600)", "print('never')", share=0.0),
+        part("slow", "import time; time.sleep(600)", "print('after it')", share=0.0),
         part("last", "print('last')"),
     ]
     outcomes = {outcome.name: outcome for outcome in gpu.run_all(chosen[:3], tmp_path, 1.0)}
@@ -35,9 +36,10 @@ def test_a_part_that_fails_or_hangs_costs_that_part(tmp_path: Path) -> None:
     assert "no-such-tool does not start" in outcomes["absent"].reason
     assert "after it" in (tmp_path / "bad.log").read_text()
     assert "after it" in (tmp_path / "absent.log").read_text()
-    slow = gpu.run(chosen[3], tmp_path, 1.0)
-    assert (slow.status, slow.reason) == ("timeout", "not done after 1 s")
-    assert "never\n" not in (tmp_path / "slow.log").read_text().splitlines(keepends=True)
+    slow = gpu.run(chosen[3], tmp_path, 4.0)
+    assert slow.status == "timeout"
+    assert slow.reason.startswith("not done after 2 s: ")
+    assert "after it\n" in (tmp_path / "slow.log").read_text().splitlines(keepends=True)
     assert gpu.run(chosen[4], tmp_path, 10.0).status == "ok"
     assert [row["name"] for row in json.loads((tmp_path / "report.json").read_text())] == ["good", "bad", "absent"]
 
@@ -67,9 +69,10 @@ def test_time_that_is_left_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.
 
 def test_parts_together_fit_the_time_and_name_what_there_is(tmp_path: Path) -> None:
     every = gpu.parts(tmp_path)
-    assert [one.name for one in every] == ["build", "tests", "sanitizer", "bench", "summary"]
+    assert [one.name for one in every] == ["build", "compile", "tests", "sanitizer", "bench", "summary"]
+    assert sum(one.share for one in every) <= 1.1
     assert torch.cuda.is_available() or gpu.main(["--parts", "build"]) == 2
-    tests = [word for word in every[1].commands[0] if word.endswith(".py")]
+    tests = [word for word in every[2].commands[0] if word.endswith(".py")]
     marked = {
         str(path.relative_to(gpu.ROOT)) for path in (gpu.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
     }
@@ -81,5 +84,21 @@ def test_every_public_operation_goes_under_the_sanitizer() -> None:
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
     wanted = set(igpt_kernels.__all__) - {"explain", "layouts"}
     assert wanted <= called
-    assert {room for rooms in gpu.TOOLS.values() for room in rooms.split()} == set(sanitize.ROOMS)
     assert set(gpu.TOOLS) == {"memcheck", "racecheck", "initcheck", "synccheck"}
+
+
+def test_the_calls_under_the_sanitizer_are_split_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Child:
+        def __init__(self, command: list[str]) -> None:
+            started.append(command[3:])
+
+        def wait(self) -> int:
+            return -9 if started[-1][0] == "fused" else 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    assert sanitize.main(["attention", "palette", "--at-once"]) == 0
+    assert started == [["attention", "--bits", "16"], ["attention", "--bits", "32"], ["palette", "--bits", "16"]]
+    assert sanitize.main(["fused", "--bits", "32", "--at-once"]) == 1

@@ -159,6 +159,19 @@ def test_a_wrong_kernel_is_a_row_and_is_not_timed(
         assert "median_s" not in row
 
 
+def test_where_the_forward_pass_alone_is_timed_its_output_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small("attention", "causal", "flash")
+    real = igpt_kernels.flash_attention
+
+    def rows() -> list[dict[str, Any]]:
+        return [row for row in measure(Order(case, ("forward",), 0.05, 1 << 34)) if "status" in row]
+
+    monkeypatch.setattr(igpt_kernels, "flash_attention", wrong_gradient(real))
+    assert [row["status"] for row in rows()] == ["ok"]
+    monkeypatch.setattr(igpt_kernels, "flash_attention", wrong_output(real))
+    assert [row["reason"][:12] for row in rows()] == ["wrong result"]
+
+
 @pytest.mark.parametrize("breakage", [wrong_output, wrong_gradient])
 @pytest.mark.parametrize("name", ["rms_norm", "quick_gelu", "linear_cross_entropy"])
 def test_a_wrong_fused_operation_is_refused(name: str, breakage: Callable[..., Any]) -> None:

@@ -37,7 +37,8 @@ def tree(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
     shutil.copytree(ROOT / "csrc", target / "csrc")
-    shutil.copytree(ROOT / "igpt_kernels", target / "igpt_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for package in ("igpt", "igpt_kernels"):
+        shutil.copytree(ROOT / package, target / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return target
 
 
@@ -107,7 +108,8 @@ def test_one_wheel_for_all_pythons_and_torches(tree: Path, tmp_path: Path) -> No
     venv.create(fresh, with_pip=False)
     (site,) = fresh.glob("lib/python*/site-packages")
     (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))  # the same torch, and nothing else of ours
-    zipfile.ZipFile(wheel).extractall(site)
+    pip = [sys.executable, "-m", "pip", "--python", fresh / "bin" / "python", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, wheel], cwd=tmp_path, check=True)
     code = LOOK_UP + (
         "; from igpt_kernels import _ext; torch.ops.load_library(_ext._LIBRARIES['cuda']); "
         "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
@@ -115,6 +117,8 @@ def test_one_wheel_for_all_pythons_and_torches(tree: Path, tmp_path: Path) -> No
     )
     found = subprocess.run([fresh / "bin" / "python", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert found.stdout.startswith(str(site))
+    told = subprocess.run([fresh / "bin" / "igpt", "info"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert f"extension     cpu: loaded: {site / 'igpt_kernels' / '_C.abi3.so'}" in told
 
     for library in site.glob("igpt_kernels/*.so"):
         needed = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout

@@ -91,4 +91,25 @@ MUTANTS = (
         "tl.load(Lengths + batch).to(tl.int32)",
         "test_decode_clamps",
     ),
+    Mutant(
+        "memory: queries beyond the last read",
+        "flash_forward.py",
+        "stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)",
+        "stride_qt, row_ok, stride_qd, D, DA, DB, DOT, False)",
+        "test_sizes",
+    ),
+    Mutant(
+        "memory: lse beyond the last row read",
+        "flash_backward.py",
+        "tl.load(Lse + head.to(tl.int64) * Tq + rows, mask=row_ok, other=0.0)",
+        "tl.load(Lse + head.to(tl.int64) * Tq + rows)",
+        "test_sizes",
+    ),
+    Mutant(
+        "memory: gradients beyond the last row read",
+        "flash_backward.py",
+        "at * stride_gt, row_ok, stride_gd, D, 0, WIDTH, True)",
+        "at * stride_gt, row_ok, stride_gd, D, 0, WIDTH, False)",
+        "test_sizes",
+    ),
 )

@@ -101,4 +101,25 @@ MUTANTS = (
     Mutant(
         "gelu: walkers start at the same tile", "quick_gelu.py", "range(walker, tl.cdiv", "range(0, tl.cdiv", "test_gelu_rows"
     ),
+    Mutant(
+        "memory: weights beyond the row read",
+        "rms_norm.py",
+        "tl.load(Weight + cols, mask=cols < C, other=0.0)",
+        "tl.load(Weight + cols)",
+        "test_norm_widths",
+    ),
+    Mutant(
+        "memory: last tile of rows stored over the one before",
+        "rms_norm.py",
+        "row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)",
+        "row = tl.maximum(tl.minimum(tl.program_id(0) * BLOCK_M, rows - BLOCK_M), 0) + tl.arange(0, BLOCK_M)",
+        "test_norm_rows",
+    ),
+    Mutant(
+        "memory: values beyond the last read",
+        "quick_gelu.py",
+        "z = tl.load(X + at, mask=ok, other=0.0)",
+        "z = tl.load(X + at)",
+        "test_gelu",
+    ),
 )

@@ -160,4 +160,18 @@ MUTANTS = (
         "(k * stride_hc)",
         "test_offsets_beyond_32_bits",
     ),
+    Mutant(
+        "memory: rows beyond the last read",
+        "linear_cross_entropy.py",
+        "there = tl.minimum(rows, M - 1)",
+        "there = rows",
+        "test_sizes",
+    ),
+    Mutant(
+        "memory: classes beyond the last read",
+        "linear_cross_entropy.py",
+        "tl.minimum(cols, V - 1)",
+        "cols",
+        "test_sizes",
+    ),
 )

@@ -150,4 +150,18 @@ MUTANTS = (
         "tl.load(Lengths + batch).to(tl.int32)",
         "test_decode_clamps",
     ),
+    Mutant(
+        "memory: queries beyond the image read",
+        "sparse_forward.py",
+        "stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)",
+        "stride_qt, row_ok, stride_qd, D, DA, DB, DOT, False)",
+        "test_patterns",
+    ),
+    Mutant(
+        "memory: lse beyond the image read",
+        "sparse_backward.py",
+        "tl.load(Lse + row_base + rows, mask=row_ok, other=0.0)",
+        "tl.load(Lse + row_base + rows)",
+        "test_patterns",
+    ),
 )

@@ -1,0 +1,123 @@
+"""The watch over the memory of interpreted kernels catches what it is there for, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+
+@triton.jit
+def _copy_kernel(X, Out, n, shift, stride_x, stride_out, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = tl.full([BLOCK], n, tl.int32) > at
+    x = tl.load(X + (at + shift) * stride_x, mask=there & (at >= 0), other=0.0)
+    tl.store(Out + at * stride_out, x, mask=at < n)
+
+
+@triton.jit
+def _reach_kernel(X, Other, Out, distance):
+    tl.store(Out, tl.load(X + distance))
+
+
+@triton.jit
+def _same_place_kernel(Out, BLOCK: tl.constexpr, BY_PROGRAM: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    place = lanes + 0 * tl.program_id(0) if BY_PROGRAM else lanes // 2 + BLOCK * tl.program_id(0)
+    tl.store(Out + place, lanes.to(tl.float32))
+
+
+@triton.jit
+def _neighbour_kernel(X, Out, n):
+    program = tl.program_id(0)
+    tl.store(Out + program, tl.load(X + (program + 1) % n))
+
+
+@triton.jit
+def _count_kernel(Out):
+    tl.atomic_add(Out, 1.0)
+
+
+@triton.jit
+def _cast_kernel(X, Out):
+    tl.store(Out, tl.load(X.to(tl.pointer_type(tl.float16))).to(tl.float32))
+
+
+def copied(x: Tensor, out: Tensor, n: int | None = None, shift: int = 0) -> Tensor:
+    """`_copy_kernel` in blocks of 16."""
+    n = x.numel() if n is None else n
+    _copy_kernel[(triton.cdiv(n, 16),)](x, out, n, shift, x.stride(0), out.stride(0), BLOCK=16)
+    return out
+
+
+def far_from(x: Tensor, other: Tensor) -> int:
+    """Elements between the first values of two tensors."""
+    return (other.data_ptr() - x.data_ptr()) // x.element_size()
+
+
+def row(n: int = 37) -> Tensor:
+    return torch.arange(n, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_what_stays_inside_is_left_alone(step: int) -> None:
+    x = row(37 * step)[::step]
+    assert torch.equal(copied(x, torch.empty(37)), x)
+    in_place = row()
+    assert torch.equal(copied(in_place, in_place), row())  # each program its own part
+    buffer = row(74)
+    assert torch.equal(copied(buffer[:37], buffer[37:]), row())  # two views of one storage
+
+
+OUTSIDE: dict[str, Callable[[], Any]] = {
+    "one behind the end": lambda: copied(row(), torch.empty(37), 36, shift=2),
+    "one before the start": lambda: copied(row(), torch.empty(37), 36, shift=-1),
+    "behind a view, inside its storage": lambda: copied(row(80)[:37], torch.empty(37), shift=1),
+    "between the rows of a view": lambda: _copy_kernel[(1,)](row(80)[::2], torch.empty(16), 16, 0, 1, 1, BLOCK=16),
+    "a store behind the end": lambda: copied(row(40), torch.empty(37)),
+    "an empty tensor": lambda: copied(torch.empty(0), torch.empty(1), 1),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_access_outside_of_a_view_is_found(name: str) -> None:
+    with pytest.raises(InterpreterError, match=r"accesses? outside, the first at element"):
+        OUTSIDE[name]()
+
+
+def test_an_argument_is_not_reached_from_another() -> None:
+    x, other, out = row(), row(), torch.empty(1)
+    _reach_kernel[(1,)](x, other, out, 36)
+    with pytest.raises(InterpreterError, match="X: 1 accesses outside"):
+        _reach_kernel[(1,)](x, other, out, far_from(x, other))
+
+
+def test_values_of_another_width_are_found() -> None:
+    with pytest.raises(InterpreterError, match="X: 1 accesses outside"):
+        _cast_kernel[(1,)](row(), torch.empty(1))
+
+
+def test_programs_that_race_are_found() -> None:
+    _same_place_kernel[(1,)](torch.empty(64), BLOCK=16, BY_PROGRAM=True)
+    with pytest.raises(InterpreterError, match="program 1 stores to a place that was stored to before"):
+        _same_place_kernel[(2,)](torch.empty(64), BLOCK=16, BY_PROGRAM=True)
+    with pytest.raises(InterpreterError, match="two values of one tile"):
+        _same_place_kernel[(1,)](torch.empty(64), BLOCK=16, BY_PROGRAM=False)
+    _neighbour_kernel[(8,)](row(8), torch.empty(8), 8)
+    x = row(8)
+    with pytest.raises(InterpreterError, match="program 1 stores to what another loads"):
+        _neighbour_kernel[(8,)](x, x, 8)
+    x = row(12)
+    with pytest.raises(InterpreterError, match="program 1 loads what this launch has stored"):
+        _neighbour_kernel[(2,)](x, x[2:], 12)
+
+
+def test_atomic_operations_are_refused() -> None:
+    with pytest.raises(InterpreterError, match="atomic"):
+        _count_kernel[(2,)](torch.zeros(1))
