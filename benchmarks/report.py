@@ -142,7 +142,7 @@ def latest(rows: Iterable[Message]) -> list[Message]:
 def largest(rows: Sequence[Message]) -> list[str]:
     """The sentences to quote: the largest image that each method reaches, by operation and way, and what stops it.
 
-    Only where some method was stopped, and one size was measured at all.
+    Only where some method was stopped. One that no size has stopped reaches "at least" the largest that was tried.
     """
     sentences = []
     kinds = dict.fromkeys(
@@ -163,12 +163,12 @@ def largest(rows: Sequence[Message]) -> list[str]:
             bad = [row for row in mine if row["status"] in ("oom", "timeout") and row["resolution"] > max(good, default=0)]
             if not good:
                 continue
-            words = f"{method} {max(good)}²"
             if bad:
                 next_one = min(bad, key=lambda row: row["resolution"])
                 stopped = True
-                words += f" ({next_one['resolution']}²: {_stop(next_one)})"
-            parts.append(words)
+                parts.append(f"{method} {max(good)}² ({next_one['resolution']}²: {_stop(next_one)})")
+            else:
+                parts.append(f"{method} at least {max(good)}²")
         if parts and stopped:
             what = "one layer" if suite != "train" else "a training step"
             pattern = (
