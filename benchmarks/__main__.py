@@ -145,7 +145,7 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
         began = time.monotonic()
         worker.preload(module for case in cases for module in registry.find(case)[1].loads)
         facts = look(device)
-        facts["environment"]["command"] = " ".join(["python -m benchmarks", *arguments])
+        facts["environment"]["command"] = _recorded(arguments)
         runner = Runner(settings, facts, report.Printer())
         _greet(facts, len(cases))
         runner.run(cases)
@@ -159,6 +159,17 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
     if options.compare is not None:
         code = max(code, compare.command(options.compare, lines, options.fail_if, arguments))
     return code
+
+
+def _recorded(arguments: list[str]) -> str:
+    """The command as results keep it: without the folder they go to, which is this machine's own affair."""
+    words = ["python -m benchmarks"]
+    skip = False
+    for word in arguments:
+        if not skip and word != "--out" and not word.startswith("--out="):
+            words.append(word)
+        skip = word == "--out"
+    return " ".join(words)
 
 
 def _greet(facts: dict[str, Any], count: int) -> None:

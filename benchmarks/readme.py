@@ -128,8 +128,9 @@ def palette(results: Results) -> str:
     rows = results.all(suite="palette", op="lookup", resolution=256)
     for row in sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_s"]):
         ratio = row["ratio"].get("transformers")
-        shown = "-" if ratio is None else f"{ratio:,.3g}×" if ratio < 1000 else f"{ratio:,.0f}×"
-        lines.append(f"| {LABELS[row['method']]} | {report.seconds(row['median_s'])} | {row['rate'] / 1e6:.3g} | {shown} |")
+        shown = "-" if ratio is None else f"{report.digits(ratio)}×"
+        rate = report.digits(row["rate"] / 1e6)
+        lines.append(f"| {LABELS[row['method']]} | {report.seconds(row['median_s'])} | {rate} | {shown} |")
     made = results.one(suite="palette", op="table", method="ext")
     text = "\n".join(lines) + "\n"
     if made is not None and made["status"] == "ok":

@@ -58,11 +58,16 @@ def seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
+def digits(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def size(value: float | None) -> str:
     """Bytes in MiB or GiB."""
     if value is None:
         return "-"
-    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
+    return f"{digits(value / 2**30)} GiB" if value >= 1000 * 2**20 else f"{digits(value / 2**20)} MiB"
 
 
 def image(row: Message) -> str:
@@ -74,18 +79,18 @@ def achieved(row: Message) -> str:
     """Rate, and the share of the machine's matrix product or copy in the same minute."""
     if row["bound"] == "compute":
         rate = row["tflops"]
-        words = f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1e3 * rate:.3g} GFLOP/s"
+        words = f"{digits(rate)} TFLOP/s" if rate >= 1 else f"{digits(1e3 * rate)} GFLOP/s"
     elif row["per"] and row["suite"] != "sample":
-        words = f"{row['rate'] / 1e6:.3g} M{row['per']}/s"
+        words = f"{digits(row['rate'] / 1e6)} M{row['per']}/s"
     else:
-        words = f"{row['gbs']:.3g} GB/s"
+        words = f"{digits(row['gbs'])} GB/s"
     return f"{words} {100 * row['of_machine']:.0f} %" if row["of_machine"] else words
 
 
 def times_of(row: Message, kind: str, peer: str) -> str:
     """``7.1×`` for a ratio that there is, else nothing."""
     value = row.get(kind, {}).get(peer)
-    return f"{value:.3g}×" if value is not None else "-"
+    return f"{digits(value)}×" if value is not None else "-"
 
 
 def cells(row: Message) -> list[str]:

@@ -95,7 +95,16 @@ def test_every_row_is_in_the_markdown_and_on_the_terminal(capsys: pytest.Capture
 
 def test_units() -> None:
     assert [report.seconds(value) for value in (2.5, 0.0123, 4.56e-5, 7e-8)] == ["2.5 s", "12.3 ms", "45.6 µs", "70 ns"]
-    assert [report.size(value) for value in (3 << 30, 5 << 20, None)] == ["3 GiB", "5 MiB", "-"]
+    assert [report.size(value) for value in (3 << 30, 5 << 20, 1010 << 20, None)] == [
+        "3 GiB", "5 MiB", "0.986 GiB", "-",
+    ]  # fmt: skip
+    assert [report.digits(value) for value in (0.01234, 12.34, 999.4, 999.6, 4586.2)] == [
+        "0.0123",
+        "12.3",
+        "999",
+        "1,000",
+        "4,586",
+    ]
 
 
 def test_pytest_benchmark_reads_the_json(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "64 tokens" in text
     assert "×eager" in text
     rows = [row for row in read(out / "results.jsonl") if row["kind"] == "row"]
+    assert str(tmp_path) not in (out / "results.jsonl").read_text()  # where results lie says nothing about them
     assert [row["status"] for row in rows] == ["ok"] * 4
     assert rows[-1]["ratio"]["eager"] > 0
     assert main([*arguments, "--methods", "eager"]) == 2
