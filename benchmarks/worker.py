@@ -71,7 +71,7 @@ def preload(modules: Iterable[str]) -> None:
 
     transformers' model takes 2.4 s, which two dozen cases would spend each.
     """
-    PRELOADED.extend(module for module in modules if module not in PRELOADED)
+    PRELOADED.extend(module for module in dict.fromkeys(modules) if module not in PRELOADED)
 
 
 def context() -> multiprocessing.context.BaseContext:

@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        why = without_cuda() or f"this machine has cpu and {torch.cuda.device_count()} CUDA devices"
+        why = (device.type == "cuda" and without_cuda()) or f"this machine has cpu and {torch.cuda.device_count()} CUDA devices"
         raise ConfigError(f"device: {name} is not there; {why}")
     return device
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import registry
+from benchmarks import registry, worker
 from benchmarks.worker import PRELOADED, End, Limits, run_child
 from tests.benchmarks import misbehave
 
@@ -75,6 +75,13 @@ def test_the_server_that_children_are_forked_from_asks_for_no_gpu() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_methods_load_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ["torch"]
+    monkeypatch.setattr(worker, "PRELOADED", loaded)
+    worker.preload(iter(["one", "torch", "one", "two"]))
+    assert loaded == ["torch", "one", "two"]
 
 
 def _raises(argument: object, send: object) -> None:

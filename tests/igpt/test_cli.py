@@ -150,6 +150,8 @@ def test_why_there_is_no_gpu(
     with pytest.raises(ConfigError, match="device: cuda is not there") as raised:
         pick_device("cuda")
     assert wanted in str(raised.value)
+    with pytest.raises(ConfigError, match="device: meta is not there; this machine has cpu and 0 CUDA devices"):
+        pick_device("meta")
 
 
 def test_leading_words_are_the_options_they_stand_for() -> None:

@@ -16,8 +16,8 @@ from triton.runtime.errors import InterpreterError
 @triton.jit
 def _copy_kernel(X, Out, n, shift, stride_x, stride_out, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = tl.full([BLOCK], n, tl.int32) > at
-    x = tl.load(X + (at + shift) * stride_x, mask=there & (at >= 0), other=0.0)
+    # A number and a block: the interpreter makes integers of this mask.
+    x = tl.load(X + (at + shift) * stride_x, mask=(n >= 0) & (at < n), other=0.0)
     tl.store(Out + at * stride_out, x, mask=at < n)
 
 
@@ -34,19 +34,37 @@ def _same_place_kernel(Out, BLOCK: tl.constexpr, BY_PROGRAM: tl.constexpr):
 
 
 @triton.jit
-def _neighbour_kernel(X, Out, n):
-    program = tl.program_id(0)
+def _neighbour_kernel(X, Out, n, AXIS: tl.constexpr):
+    program = tl.program_id(AXIS)
     tl.store(Out + program, tl.load(X + (program + 1) % n))
 
 
 @triton.jit
-def _count_kernel(Out):
-    tl.atomic_add(Out, 1.0)
+def _last_stores_kernel(X, last):
+    tl.store(X, tl.load(X), mask=tl.program_id(0) == last)
+
+
+@triton.jit
+def _count_kernel(Out, SWAP: tl.constexpr):
+    if SWAP:
+        tl.atomic_cas(Out, 0, 1)
+    else:
+        tl.atomic_add(Out, 1)
 
 
 @triton.jit
 def _cast_kernel(X, Out):
     tl.store(Out, tl.load(X.to(tl.pointer_type(tl.float16))).to(tl.float32))
+
+
+@triton.jit
+def _unaligned_kernel(X, Out):
+    tl.store(Out, tl.load((X.to(tl.pointer_type(tl.int8)) + 2).to(tl.pointer_type(tl.float32))))
+
+
+@triton.jit
+def _from_a_number_kernel(Out, address):
+    tl.store(Out, tl.load(address.to(tl.int64).to(tl.pointer_type(tl.float32))))
 
 
 def copied(x: Tensor, out: Tensor, n: int | None = None, shift: int = 0) -> Tensor:
@@ -82,6 +100,7 @@ OUTSIDE: dict[str, Callable[[], Any]] = {
     "between the rows of a view": lambda: _copy_kernel[(1,)](row(80)[::2], torch.empty(16), 16, 0, 1, 1, BLOCK=16),
     "a store behind the end": lambda: copied(row(40), torch.empty(37)),
     "an empty tensor": lambda: copied(torch.empty(0), torch.empty(1), 1),
+    "an empty view with a step": lambda: copied(torch.empty(0, 3)[:, 0], torch.empty(1), 1),
 }
 
 
@@ -101,6 +120,13 @@ def test_an_argument_is_not_reached_from_another() -> None:
 def test_values_of_another_width_are_found() -> None:
     with pytest.raises(InterpreterError, match="X: 1 accesses outside"):
         _cast_kernel[(1,)](row(), torch.empty(1))
+    with pytest.raises(InterpreterError, match="X: 1 accesses outside"):
+        _unaligned_kernel[(1,)](row(), torch.empty(1))
+
+
+def test_an_address_from_nowhere_is_found() -> None:
+    with pytest.raises(InterpreterError, match="belongs to no argument"):
+        _from_a_number_kernel[(1,)](torch.empty(1), 64)
 
 
 def test_programs_that_race_are_found() -> None:
@@ -109,15 +135,27 @@ def test_programs_that_race_are_found() -> None:
         _same_place_kernel[(2,)](torch.empty(64), BLOCK=16, BY_PROGRAM=True)
     with pytest.raises(InterpreterError, match="two values of one tile"):
         _same_place_kernel[(1,)](torch.empty(64), BLOCK=16, BY_PROGRAM=False)
-    _neighbour_kernel[(8,)](row(8), torch.empty(8), 8)
-    x = row(8)
-    with pytest.raises(InterpreterError, match="program 1 stores to what another loads"):
-        _neighbour_kernel[(8,)](x, x, 8)
     x = row(12)
     with pytest.raises(InterpreterError, match="program 1 loads what this launch has stored"):
-        _neighbour_kernel[(2,)](x, x[2:], 12)
+        _neighbour_kernel[(2,)](x, x[2:], 12, AXIS=0)
 
 
-def test_atomic_operations_are_refused() -> None:
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_place_that_another_program_loads_is_not_stored_to(axis: int) -> None:
+    grid = tuple(8 if one == axis else 1 for one in range(3))
+    _neighbour_kernel[grid](row(8), torch.empty(8), 8, AXIS=axis)
+    x = row(8)
+    with pytest.raises(InterpreterError, match="program 1 stores to what another loads"):
+        _neighbour_kernel[grid](x, x, 8, AXIS=axis)
+
+
+def test_a_place_that_several_programs_load_is_not_stored_to_by_the_last() -> None:
+    _last_stores_kernel[(1,)](row(), 0)
+    with pytest.raises(InterpreterError, match="program 1 stores to what another loads"):
+        _last_stores_kernel[(2,)](row(), 1)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_atomic_operations_are_refused(swap: bool) -> None:
     with pytest.raises(InterpreterError, match="atomic"):
-        _count_kernel[(2,)](torch.zeros(1))
+        _count_kernel[(2,)](torch.zeros(1, dtype=torch.int32), SWAP=swap)
