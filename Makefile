@@ -37,8 +37,8 @@ test-hf: env ## Tests of swapped Hugging Face models with another release (TRANS
 		--no-deps --target $(VENV)/transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
 	@PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/igpt/test_hf.py
 
-gpu: ## On a machine with a GPU and torch: build, tests, sanitizers, benchmarks, targets; under nine minutes. Installs nothing.
-	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+gpu: ## With a GPU and torch: build, kernel variants, tests, sanitizers (six minutes; PARTS="build bench summary"). Installs nothing.
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS))
 
 tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune

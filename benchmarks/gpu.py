@@ -1,15 +1,16 @@
-"""Everything a GPU has to prove, in one command of under nine minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
+"""What a GPU has to prove: ``make gpu`` (under six minutes) and ``make gpu PARTS="build bench summary"`` (under five).
 
-Parts, each with a limit on its time: `build` (the extension, in place), `compile` (small calls of every kernel, in processes
-side by side, so that later parts find them compiled), `tests` (marked gpu), `sanitizer` (compute-sanitizer's four tools on the
-same calls), `bench` (the quick benchmarks), `summary` (targets beside what was measured). A part that fails or runs out of time
-costs that part. Everything goes to ``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json, a log for
-each part, results.jsonl.
+Parts, each with a limit on its time: `build` (the extension, in place, and beside it every variant of `tools.kernel_plan`
+compiled and checked), `plan` (those variants timed), `tests` (marked gpu), `sanitizer` (compute-sanitizer on small calls of
+every kernel), `bench` (the quick benchmarks), `summary` (targets beside what was measured). A part that fails or runs out of
+time costs that part. Everything goes to ``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json,
+a log for each part, plan.jsonl, results.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -35,6 +36,8 @@ class Part:
     name: str
     commands: tuple[tuple[str, ...], ...]
     share: float
+    together: bool = False
+    """Run the commands side by side, each with the whole time of the part."""
 
 
 @dataclass
@@ -56,14 +59,22 @@ def parts(folder: Path) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer") or str(
         Path(_build.toolkit().path or "/usr/local/cuda") / "bin/compute-sanitizer"
     )
+    parallel = ("-n", "12") if importlib.util.find_spec("xdist") else ()  # most of a test's time is the compiler's
     calls = (python, "-m", "benchmarks.sanitize")
     sanitizers = [(sanitizer, "--tool", tool, "--error-exitcode", "9", *calls) for tool in TOOLS]
+    plan = (python, "-m", "tools.kernel_plan")
+    out = ("--out", str(folder / "plan.jsonl"))
+    build = (python, "setup.py", "-q", "build_ext", "--inplace")
     return [
-        Part("build", ((python, "setup.py", "-q", "build_ext", "--inplace"),), 0.12),
-        Part("compile", ((*calls, "--at-once"),), 0.10),
-        Part("tests", ((python, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *tests),), 0.28),
-        Part("sanitizer", tuple(sanitizers), 0.20),
-        Part("bench", ((python, "-m", "benchmarks", "--device", "cuda", "--quick", "--out", str(folder)),), 0.36),
+        Part("build", (build, (*plan, "check", *out, "--seconds", "95")), 0.30, together=True),
+        Part("plan", ((*plan, "time", *out), (*plan, "time", "--dp-first", *out, "--seconds", "40")), 0.28),
+        Part(
+            "tests",
+            ((python, "-m", "pytest", "-q", *parallel, "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *tests),),
+            0.26,
+        ),
+        Part("sanitizer", tuple(sanitizers), 0.16, together=True),
+        Part("bench", ((python, "-m", "benchmarks", "--device", "cuda", "--quick", "--out", str(folder)),), 0.90),
         Part("summary", ((python, "-m", "benchmarks.targets", str(folder)),), 0.04),
     ]
 
@@ -76,26 +87,31 @@ def run(part: Part, folder: Path, seconds: float) -> Outcome:
     if part.name == "sanitizer":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else memcheck takes the whole cache for one allocation
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    groups = [part.commands] if part.together else [(command,) for command in part.commands]
     with log.open("w", encoding="utf-8") as file:
-        for place, command in enumerate(part.commands):
-            limit = (seconds - (time.monotonic() - start)) / (len(part.commands) - place)
-            file.write(f"$ {' '.join(command)}\n")
-            file.flush()
-            try:
-                child = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            except OSError as error:
-                failures.append(f"{command[0]} does not start: {error}")
-                continue
-            try:
-                if code := child.wait(limit):
-                    failures.append(f"exit code {code} of {' '.join(command[:5])}")
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # its children too
-                child.wait()
-                failures.append(f"not done after {limit:.0f} s: {' '.join(command[:5])}")
-                late = True
+        for place, group in enumerate(groups):
+            limit = (seconds - (time.monotonic() - start)) / (len(groups) - place)
+            deadline = time.monotonic() + limit
+            children = []
+            for command in group:
+                file.write(f"$ {' '.join(command)}\n")
+                file.flush()
+                try:
+                    child = subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                    children.append((command, child))
+                except OSError as error:
+                    failures.append(f"{command[0]} does not start: {error}")
+            for command, child in children:
+                try:
+                    if code := child.wait(max(0.1, deadline - time.monotonic())):
+                        failures.append(f"exit code {code} of {' '.join(command[:5])}")
+                except subprocess.TimeoutExpired:
+                    os.killpg(child.pid, signal.SIGKILL)  # its children too
+                    child.wait()
+                    failures.append(f"not done after {limit:.0f} s: {' '.join(command[:5])}")
+                    late = True
     status = "timeout" if late else "failed" if failures else "ok"
     return Outcome(part.name, status, time.monotonic() - start, "; ".join(failures), log.name)
 
@@ -127,8 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     names = [part.name for part in parts(Path())]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="all checks and benchmarks of a GPU")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="only these; all by default")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for everything together")
+    default = [name for name in names if name not in ("bench", "summary")]
+    parser.add_argument("--parts", nargs="+", choices=names, default=default, help="all but bench and summary by default")
+    parser.add_argument("--minutes", type=float, default=5.5, help="for everything together")
     parser.add_argument("--out", type=Path, help="folder of the results, instead of benchmarks/results/<device>/<run>")
     options = parser.parse_args(given)
     if options.minutes <= 0:

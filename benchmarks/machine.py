@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 
 def environment(device: str, command: Sequence[str]) -> dict[str, object]:
     """Everything that numbers depend on, and `id`, a name for it that rows carry."""
-    revision = output("git", "rev-parse", "HEAD")
+    revision = output("git", "rev-parse", "HEAD") or os.environ.get("REVISION", "")  # a copy without .git is told
     facts: dict[str, object] = {
         "machine": slug(device),
         "processor": next(iter(_cpuinfo("model name")), platform.processor()),

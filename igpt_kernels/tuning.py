@@ -38,17 +38,28 @@ class Config:
         num_warps: warps of 32 threads in a program.
         num_stages: tiles in flight between memory and the multiplications; where nothing is multiplied (norm, activation),
             programs that a multiprocessor holds at once.
+        maxnreg: most registers a thread may take, so that more programs fit on a multiprocessor; 0 leaves it to the compiler.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1 or (name != "num_stages" and value & (value - 1)):
-                raise ValueError(f"{name} must be a power of two (num_stages: any positive number), got {value!r}")
+            free = name in ("num_stages", "maxnreg")
+            if not isinstance(value, int) or value < (name != "maxnreg") or (not free and value & (value - 1)):
+                raise ValueError(
+                    f"{name} must be a power of two (num_stages: any positive number; maxnreg: 0 or more), got {value!r}"
+                )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch hands to the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
 
 
 @functools.cache
@@ -67,7 +78,7 @@ def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Config]]]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} must hold kernels -> bits -> head dim -> [block_m, block_n, num_warps, num_stages]"
+            f"{path} must hold kernels -> bits -> head dim -> [block_m, block_n, num_warps, num_stages(, maxnreg)]"
         ) from error
 
 

@@ -164,7 +164,7 @@ def launch_decode(
             q, k_cache, v_cache, None if isinstance(length, int) else length, parts, part_lse,
             q.stride(0), q.stride(1), q.stride(3), *k_cache.stride(), *v_cache.stride(),
             heads, longest, length if isinstance(length, int) else 0, splits, scale,
-            D=head_dim, WIDTH=width, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+            D=head_dim, WIDTH=width, BLOCK_N=config.block_n, **config.options,
         )  # fmt: skip
         if splits > 1:
             _decode_merge_kernel[(rows,)](

@@ -243,12 +243,12 @@ def launch_flash_backward(
             q, k, v, grad, lse, delta, dk, dv, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, queries, head_dim, itemsize), scale,
             **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n,
-            num_warps=key_config.num_warps, num_stages=key_config.num_stages,
+            **key_config.options,
         )  # fmt: skip
         _flash_backward_queries_kernel[(triton.cdiv(queries, query_config.block_m) * batch * heads,)](
             q, k, v, grad, lse, delta, dq, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, keys, head_dim, itemsize), scale,
             **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n,
-            num_warps=query_config.num_warps, num_stages=query_config.num_stages,
+            **query_config.options,
         )  # fmt: skip
     return dq, dk, dv

@@ -140,6 +140,6 @@ def launch_flash_forward(
             batch * heads, heads, queries, keys, keys - queries if causal else keys,
             heads_in_l2(batch * heads, keys, head_dim, q.element_size()), scale,
             D=head_dim, DA=part_a, DB=part_b, BLOCK_M=config.block_m, BLOCK_N=config.block_n, DOT=dot_dtype(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     return out, lse

@@ -202,7 +202,7 @@ def launch_sparse_backward(
                 batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
                 tiles, group, scale, scale if last else 1.0,
                 **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n,
-                num_warps=key_config.num_warps, num_stages=key_config.num_stages,
+                **key_config.options,
             )  # fmt: skip
         for numbers, lists, first, last in parts_of(groups, query_config, q.device):
             tiles, group = sizes(len(numbers), len(lists.q_ptr) - 1)
@@ -212,6 +212,6 @@ def launch_sparse_backward(
                 batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, group, scale, scale if last else 1.0,
                 **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n,
-                num_warps=query_config.num_warps, num_stages=query_config.num_stages,
+                **query_config.options,
             )  # fmt: skip
     return dq, dk, dv

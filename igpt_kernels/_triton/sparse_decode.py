@@ -134,7 +134,7 @@ def launch_sparse_decode(
                 q.stride(0), q.stride(1), q.stride(3), *k_cache.stride(), *v_cache.stride(),
                 len(numbers), heads, lists.tokens, length if isinstance(length, int) else 0,
                 lists.pitch, *lists.q_tile, lists.k_tile[1], config.block_m, splits, slot, slots, scale,
-                D=head_dim, WIDTH=width, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+                D=head_dim, WIDTH=width, BLOCK_N=config.block_n, **config.options,
             )  # fmt: skip
         _decode_merge_kernel[(rows,)](
             parts, part_lse, out, lse, slots,

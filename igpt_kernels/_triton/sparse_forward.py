@@ -207,6 +207,6 @@ def launch_sparse_forward(
                 rows, len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, heads_in_l2(rows, tokens, head_dim, q.element_size()), scale,
                 **head_arguments(q), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **config.options,
             )  # fmt: skip
     return out, lse

@@ -1,0 +1,1 @@
+"""Programs for those who work on the kernels: what a compiler makes of them, what a GPU makes of them."""

@@ -1,0 +1,546 @@
+"""Variants of the kernels beside each other on one GPU: ``python -m tools.kernel_plan check`` and then ``time``.
+
+`check` compiles every variant in processes side by side and compares it with the oracle at odd sizes. `time` measures those
+that were right, one after another on an idle GPU, between two measurements of the machine itself. Each result is a line of
+JSON, written at once. What a variant replaces is the first of its group: the configuration that ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_kernels import layouts, testing, tuning
+from igpt_kernels.reference import attention_reference, decode_attention_reference
+
+Config = tuning.Config
+Tiles = dict[int, list[tuple[int, ...]]]
+"""Head dim -> block_m, block_n, num_warps, num_stages, and where it is bounded maxnreg; what ships first."""
+
+FORWARD: Tiles = {
+    32: [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)],
+    64: [
+        (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (128, 128, 8, 2),
+        (128, 128, 8, 3), (128, 32, 4, 4), (64, 128, 4, 3), (128, 64, 8, 3, 128), (128, 64, 8, 4, 128),
+    ],
+    96: [
+        (128, 64, 8, 3), (128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 4),
+        (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 4, 128),
+    ],
+    128: [
+        (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2), (64, 128, 4, 2),
+        (128, 32, 8, 3, 128), (128, 32, 8, 4, 128), (128, 32, 8, 4),
+    ],
+    256: [(64, 32, 8, 1), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3)],
+}  # fmt: skip
+KEYS: Tiles = {
+    64: [
+        (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 4),
+        (128, 128, 8, 2), (128, 64, 4, 2),
+    ],
+    96: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3)],
+    128: [
+        (64, 64, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
+        (64, 64, 4, 3),
+    ],
+    256: [(32, 64, 8, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 128, 8, 2)],
+}  # fmt: skip
+QUERIES: Tiles = {
+    64: [
+        (128, 64, 8, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 4),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3, 128),
+    ],
+    96: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)],
+    128: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3)],
+    256: [(64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+}
+SPARSE_FORWARD: Tiles = {
+    64: [
+        (64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 4), (64, 64, 4, 7), (128, 64, 8, 3), (64, 32, 4, 5),
+        (128, 128, 8, 5), (64, 64, 4, 2),
+    ],
+    96: [(64, 64, 4, 2), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5)],
+    128: [(64, 64, 4, 2), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5)],
+}  # fmt: skip
+SPARSE_KEYS: Tiles = {
+    64: [(64, 64, 8, 2), (64, 64, 4, 5), (32, 64, 4, 5), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 5)],
+    96: [(64, 64, 8, 1), (32, 64, 4, 5), (64, 64, 4, 5), (64, 64, 4, 3), (32, 64, 4, 3)],
+    128: [(32, 64, 8, 1), (32, 64, 4, 5), (64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 5)],
+}
+SPARSE_QUERIES: Tiles = {
+    64: [(64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 2)],
+    96: [(64, 64, 4, 2), (64, 64, 4, 5), (64, 64, 4, 3), (128, 64, 8, 5)],
+    128: [(64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 4, 2)],
+}
+ATTENTION: dict[str, Tiles] = {
+    "flash_forward": FORWARD,
+    "flash_backward_keys": KEYS,
+    "flash_backward_queries": QUERIES,
+    "sparse_forward": SPARSE_FORWARD,
+    "sparse_backward_keys": SPARSE_KEYS,
+    "sparse_backward_queries": SPARSE_QUERIES,
+}
+PRODUCTS = {"forward": 4, "keys": 8, "queries": 6}
+"""FLOPs of a visible pair and value of a head: two for each matrix product of the kernel."""
+DEVICE = "cuda"
+TOKENS, HEADS = 16384, 16
+SIDE, SPARSE_HEADS = 128, 32
+RADII = (7, 15)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run one kernel. `dp_first`: the backward kernels compute dP before the exponential of the scores."""
+
+    kernel: str
+    head_dim: int
+    config: Config
+    dp_first: bool = False
+
+    def row(self) -> dict[str, object]:
+        """As columns."""
+        return {"kernel": self.kernel, "head_dim": self.head_dim, **asdict(self.config), "dp_first": self.dp_first}
+
+
+def variants(dp_first: bool) -> Iterator[Variant]:
+    """All of them; those with `dp_first` are backward kernels only. Head dims that matter most come first."""
+    for head_dim in (64, 128, 96, 32, 256):
+        for kernel, dims in ATTENTION.items():
+            for values in dims.get(head_dim, []):
+                if not dp_first or ("backward" in kernel and head_dim in (64, 96, 128)):
+                    yield Variant(kernel, head_dim, Config(*values), dp_first)
+
+
+def reorder_backward() -> None:
+    """Replace the steps of the backward kernels by those that compute dP first; before any of them is compiled."""
+    from igpt_kernels._triton import flash_backward, sparse_backward
+    from tools import kernel_variants
+
+    for module in (flash_backward, sparse_backward):
+        setattr(module, "key_step", kernel_variants.key_step)  # noqa: B010
+    flash_backward.query_step = kernel_variants.query_step
+
+
+class _Nothing:
+    """Stands in for a kernel that is not timed."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+@contextmanager
+def only(kernel: str, delta: Tensor) -> Iterator[None]:
+    """Inside, a backward launcher launches this one of its kernels; delta is the one given, its partner's result unset."""
+    from igpt_kernels._triton import flash_backward, sparse_backward
+
+    module = sparse_backward if kernel.startswith("sparse") else flash_backward
+    other = kernel.replace("keys", "queries") if kernel.endswith("keys") else kernel.replace("queries", "keys")
+    places = {f"_{other}_kernel": _Nothing(), "launch_flash_delta": lambda grad, out: delta}
+    kept = {name: getattr(module, name) for name in places}
+    for name, value in places.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+def launcher(
+    variant: Variant, tensors: Sequence[Tensor], causal: bool, groups: Sequence[tuple[str, Sequence[int]]]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the variant on q, k, v and a gradient; the backward partner runs as it ships."""
+    from igpt_kernels._triton.flash_backward import launch_flash_backward
+    from igpt_kernels._triton.flash_forward import launch_flash_forward
+    from igpt_kernels._triton.sparse_backward import launch_sparse_backward
+    from igpt_kernels._triton.sparse_forward import launch_sparse_forward
+
+    q, k, v, grad = tensors
+    scale = q.shape[3] ** -0.5
+    sparse = variant.kernel.startswith("sparse")
+
+    def forward(config: Config | None) -> tuple[Tensor, Tensor]:
+        if sparse:
+            return launch_sparse_forward(q, k, v, groups, scale=scale, config=config)
+        return launch_flash_forward(q, k, v, causal=causal, scale=scale, config=config)
+
+    if variant.kernel.endswith("forward"):
+        return lambda: (forward(variant.config)[0],)
+    out, lse = forward(None)
+    configs: dict[str, Config] = {("key" if variant.kernel.endswith("keys") else "query") + "_config": variant.config}
+    if sparse:
+        return lambda: launch_sparse_backward(grad, q, k, v, out, lse, groups, scale=scale, **configs)
+    return lambda: launch_flash_backward(grad, q, k, v, out, lse, causal=causal, scale=scale, **configs)
+
+
+def material(batch: int, heads: int, tokens: int, head_dim: int) -> list[Tensor]:
+    """q, k, v and a gradient, random normal, bfloat16, as a fused projection gives them."""
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+    fused = torch.randn(batch, tokens, 4, heads, head_dim, dtype=torch.bfloat16, device=DEVICE, generator=generator)
+    return [fused[:, :, i].transpose(1, 2) for i in range(4)]
+
+
+def error(variant: Variant) -> float:
+    """The largest share of its error budget that the variant takes, at odd sizes.
+
+    Raises:
+        AssertionError: beyond the budget.
+    """
+    sparse = variant.kernel.startswith("sparse")
+    worst = 0.0
+    cases = [(25, 13, True), (32, 32, True)] if sparse else [(333, 1, True), (333, 1, False), (1024, 1, True)]
+    for height, width, causal in cases:
+        tensors = material(1, 2, height * width, variant.head_dim)
+        layout = layouts.local2d(height, width, 7) if sparse else None
+        groups = [] if layout is None else [(layout.key, range(2))]
+        ours = launcher(variant, tensors, causal, groups)()
+        mask = None if layout is None else layout.dense_mask(tensors[0].device)
+
+        def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask, causal: bool = causal) -> Tensor:
+            return attention_reference(q, k, v, causal=causal and mask is None, mask=mask)[0]
+
+        results = []
+        for dtype in (torch.float64, torch.bfloat16):
+            result = testing.attention_result(oracle, [x.to(dtype) for x in tensors[:3]], tensors[3].to(dtype))
+            results.append([result.out] if len(ours) == 1 else [result.dq, result.dk, result.dv])
+        floor = 8 * float(tensors[3].abs().max())
+        for mine, exact, eager in zip(ours, *results, strict=True):
+            share = testing.error_ratio(mine, exact, eager, factor=2 if len(ours) == 1 else 3, floor=floor)
+            worst = max(worst, share)
+    return worst
+
+
+def checked(variant: Variant) -> dict[str, object]:
+    """The row of a check."""
+    start = time.perf_counter()
+    try:
+        row: dict[str, object] = {"status": "ok", "error_share": round(error(variant), 4)}
+    except Exception as failure:  # of the compiler, the launch or the numbers: each is a result
+        row = {"status": "failed", "reason": f"{type(failure).__name__}: {str(failure)[:300]}"}
+    return {"kind": "check", **variant.row(), **row, "wall_s": round(time.perf_counter() - start, 2)}
+
+
+class Rows:
+    """Lines of JSON, each on disk as soon as it is there."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def work(out: Path, index: int, workers: int, begin: int) -> None:
+    """Check every variant whose number is `index` modulo `workers`, from number `begin` on.
+
+    A fault on the GPU ends what a process can do there, so the process then starts itself again behind that variant.
+    """
+    rows = Rows(out)
+    chosen = [*variants(False), *variants(True)]
+    reordered = False
+    for number, variant in enumerate(chosen):
+        if number % workers != index or number < begin:
+            continue
+        if variant.dp_first and not reordered:
+            if number != begin:  # kernels are compiled with the steps that ship: begin anew
+                os.execv(sys.executable, [*WORKER, "--out", str(out), "--share", str(index), str(workers), str(number)])
+            reorder_backward()
+            reordered = True
+        row = checked(variant)
+        rows.write(row)
+        if "CUDA error" in str(row.get("reason")) or "Accelerator" in str(row.get("reason")):
+            os.execv(sys.executable, [*WORKER, "--out", str(out), "--share", str(index), str(workers), str(number + 1)])
+
+
+WORKER = [sys.executable, "-m", "tools.kernel_plan", "check"]
+
+
+def check(out: Path, seconds: float, workers: int) -> None:
+    """Check every variant, in processes side by side."""
+    children = [
+        subprocess.Popen([*WORKER, "--out", str(out), "--share", str(index), str(workers), "0"]) for index in range(workers)
+    ]
+    deadline = time.monotonic() + seconds
+    for child in children:
+        try:
+            child.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    found = [row for row in found if row["kind"] == "check"]
+    failed = [row for row in found if row["status"] != "ok"]
+    total = len([*variants(False), *variants(True)])
+    print(
+        f"{len(found)} of {total} variants checked, {len(failed)} failed, {deadline - time.monotonic():.0f} s left", flush=True
+    )
+    for row in failed:
+        name = [
+            row[key] for key in ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "maxnreg", "dp_first")
+        ]
+        print(*name, row["reason"][:120], flush=True)
+
+
+def times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each call by events, after two to warm up."""
+    for _ in range(2):
+        run()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in pairs:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in pairs)
+
+
+def columns(samples: Sequence[float], flops: float | None = None, read: float | None = None) -> dict[str, object]:
+    """Median and spread in milliseconds, and the rate."""
+    median = samples[len(samples) // 2]
+    row: dict[str, object] = {
+        "median_ms": round(median, 5),
+        "p20_ms": round(samples[len(samples) // 5], 5),
+        "p80_ms": round(samples[len(samples) * 4 // 5], 5),
+        "n": len(samples),
+    }
+    if flops is not None:
+        row["tflops"] = round(flops / median / 1e9, 1)
+    if read is not None:
+        row["gbs"] = round(read / median / 1e6, 1)
+    return row
+
+
+def time_variant(variant: Variant, repeats: int) -> Iterator[dict[str, object]]:
+    """The rows of a variant: one at 16,384 tokens, or for sparse kernels one for each window of 128 x 128 pixels."""
+    part = variant.kernel.rsplit("_", 1)[1]
+    if not variant.kernel.startswith("sparse"):
+        tensors = material(1, HEADS, TOKENS, variant.head_dim)
+        run = launcher(variant, tensors, True, [])
+        flops = PRODUCTS[part] * HEADS * variant.head_dim * TOKENS * (TOKENS + 1) / 2
+        yield {"tokens": TOKENS, "heads": HEADS, "layout": "causal"} | timed(variant, run, flops, repeats, tensors)
+        return
+    for radius in RADII:
+        layout = layouts.local2d(SIDE, SIDE, radius)
+        tensors = material(2, SPARSE_HEADS // 2, SIDE * SIDE, variant.head_dim)
+        run = launcher(variant, tensors, True, [(layout.key, range(SPARSE_HEADS // 2))])
+        flops = PRODUCTS[part] * SPARSE_HEADS * variant.head_dim * layout.pairs
+        row = {"tokens": SIDE * SIDE, "heads": SPARSE_HEADS, "layout": f"local2d:{radius}"}
+        yield row | timed(variant, run, flops, repeats, tensors)
+
+
+def timed(
+    variant: Variant, run: Callable[[], object], flops: float, repeats: int, tensors: Sequence[Tensor]
+) -> dict[str, object]:
+    """Time of the variant's own kernel alone."""
+    if variant.kernel.endswith("forward"):
+        return columns(times(run, repeats), flops)
+    from igpt_kernels._triton.flash_backward import launch_flash_delta
+
+    with only(variant.kernel, launch_flash_delta(tensors[3], tensors[0])):  # of the size of delta; q stands for the output
+        return columns(times(run, repeats), flops)
+
+
+def machine_row() -> dict[str, object]:
+    """What this GPU reaches now: a bfloat16 product, a copy, reading 32 MiB that lie in the L2 cache; and its clock."""
+    from benchmarks import machine
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = times(lambda: a @ b, 10)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").fill_(1)
+    target = torch.empty_like(source)
+    copied = times(lambda: target.copy_(source), 10)
+    cached = torch.randn(8 << 20, device="cuda")
+    summed = times(lambda: [torch.sum(cached) for _ in range(10)], 10)
+    return {
+        "kind": "machine",
+        "matmul_tflops": columns(product, 2 * 8192**3)["tflops"],
+        "copy_gbs": columns(copied, read=2 * source.numel())["gbs"],
+        "l2_sum_gbs": columns(summed, read=10 * 4 * cached.numel())["gbs"],
+        "clock_mhz": machine.clock_mhz("cuda"),
+    }
+
+
+def peers(head_dim: int, repeats: int) -> Iterator[dict[str, object]]:
+    """torch's own attention kernels at the dense shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v, grad = material(1, HEADS, TOKENS, head_dim)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    pairs = HEADS * head_dim * TOKENS * (TOKENS + 1) / 2
+    for name, backend in (("sdpa-flash", SDPBackend.FLASH_ATTENTION), ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION)):
+        row: dict[str, object] = {"kind": "peer", "method": name, "head_dim": head_dim, "tokens": TOKENS, "heads": HEADS}
+        try:
+            with sdpa_kernel(backend):
+                forward = times(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), repeats)
+                out = scaled_dot_product_attention(q, k, v, is_causal=True)
+                backward = times(partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True), repeats)
+            yield row | {"way": "forward"} | columns(forward, 4 * pairs)
+            yield row | {"way": "backward"} | columns(backward, 10 * pairs)
+        except RuntimeError as failure:
+            yield row | {"status": "failed", "reason": str(failure)[:200]}
+
+
+def decoding(repeats: int) -> Iterator[dict[str, object]]:
+    """Decoding at 8 to 512 MiB of cache: tiles of keys, and how many programs share a head."""
+    from igpt_kernels._triton.decode import count_splits, launch_decode
+
+    for batch, heads, head_dim, tokens in ((8, 8, 64, 1024), (4, 16, 96, 4096), (16, 8, 64, 4096), (16, 16, 64, 16384)):
+        _, k, v, _ = material(batch, heads, tokens, head_dim)
+        k, v = k.contiguous(), v.contiguous()
+        q = torch.randn(batch, heads, 1, head_dim, dtype=torch.bfloat16, device="cuda")
+        shipped = count_splits(batch * heads, tokens, q.device)
+        exact = decode_attention_reference(q[:1].double(), k[:1].double(), v[:1].double(), tokens)
+        eager = decode_attention_reference(q[:1], k[:1], v[:1], tokens)
+        length, scale = tokens, head_dim**-0.5
+        for block, warps in ((64, 4), (32, 4), (128, 4), (128, 8), (32, 2), (16, 2)):
+            for splits in sorted({shipped, min(64, 2 * shipped), min(64, 4 * shipped)}):
+                config = Config(1, block, warps, 2)
+                run = partial(launch_decode, q, k, v, length, scale=scale, config=config, splits=splits)
+                row: dict[str, object] = {
+                    "kind": "time", "kernel": "decode", "head_dim": head_dim, "tokens": tokens, "heads": batch * heads,
+                    "block_n": block, "num_warps": warps, "splits": splits, "shipped_splits": shipped,
+                }  # fmt: skip
+                try:
+                    floor = 4 * float(v.abs().max())
+                    share = testing.error_ratio(run()[0][:1], exact, eager, factor=2, floor=floor)
+                except Exception as failure:
+                    yield row | {"status": "failed", "reason": str(failure)[:200]}
+                    continue
+                read = 2 * k.numel() * k.element_size()
+                yield row | {"error_share": round(share, 4), "bytes": read} | columns(times(run, repeats), read=read)
+
+
+def row_kernels(repeats: int) -> Iterator[dict[str, object]]:
+    """Norm, activation and loss at Image GPT's widths: what ships and what the tuner would try first."""
+    from benchmarks import tune_rows
+
+    sizes = {"rms_norm": (512, 1024, 1536), "quick_gelu": (2048, 6144), "cross_entropy": (512,)}
+    for kernel in tune_rows.KERNELS:
+        name = kernel.rsplit("_", 1)[0]
+        for size in sizes[name]:
+            tensors = tune_rows.material(kernel, size, torch.bfloat16)
+            few = tune_rows.some(kernel, tensors, 500)
+            exact = tune_rows.truth(kernel, [x.double() if x.is_floating_point() else x for x in few])
+            eager = tune_rows.truth(kernel, few)
+            check_run, run = tune_rows.runner(kernel, few), tune_rows.runner(kernel, tensors)
+            shipped = tuning.lookup(kernel, dtype=torch.bfloat16, head_dim=size, device=torch.device("cuda", 0))
+            for config in dict.fromkeys([shipped, *row_candidates(kernel, shipped)]):
+                row: dict[str, object] = {"kind": "time", "kernel": kernel, "size": size, **asdict(config)}
+                try:
+                    shares = [
+                        testing.error_ratio(mine, true, low, factor=3, floor=8.0)
+                        for mine, true, low in zip(check_run(config, config), exact, eager, strict=True)
+                    ]
+                except Exception as failure:
+                    yield row | {"status": "failed", "reason": f"{type(failure).__name__}: {str(failure)[:200]}"}
+                    continue
+                samples = times(partial(run, config, config), repeats)
+                flops, read = None, None
+                if name == "cross_entropy":
+                    flops = 2.0 * tune_rows.ROWS * tune_rows.WIDTH * size * (1 if kernel.endswith("forward") else 3)
+                else:
+                    read = tensors[0].numel() * 2.0 * (2 if kernel.endswith("forward") else 3)
+                row |= {"error_share": round(max(shares), 4), "rows": tune_rows.ROWS}
+                yield row | columns(samples, flops, read)
+
+
+def row_candidates(kernel: str, shipped: Config) -> list[Config]:
+    """Neighbours of what ships: half and twice the rows, warps, stages or programs."""
+    m, n, w, s = shipped.block_m, shipped.block_n, shipped.num_warps, shipped.num_stages
+    if kernel.startswith("cross_entropy"):
+        tiles = [(128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 8, 4), (64, 256, 8, 3), (64, 256, 4, 3), (64, 128, 4, 4)]
+        return [Config(*values) for values in tiles]
+    near = [(2 * m, n, w, s), (2 * m, n, 2 * w, s), (m, n, 2 * w, s), (m, n, max(1, w // 2), s)]
+    if m > 1:
+        near += [(m // 2, n, w, s), (m // 2, n, max(1, w // 2), s)]
+    if kernel.endswith("backward"):
+        near += [(m, n, w, s + 1), (m, n, w, s + 2), (m, n, w, max(1, s - 1))]
+    return [Config(*values) for values in near]
+
+
+def measure(rows: Rows, checks: Path, seconds: float, dp_first: bool, repeats: int) -> None:
+    """Time what `check` found right. With `dp_first` only those, in a process of their own."""
+    deadline = time.monotonic() + seconds
+    right = set()
+    for line in checks.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("kind") == "check" and row["status"] == "ok":
+            right.add((row["kernel"], row["head_dim"], row["block_m"], row["block_n"], row["num_warps"], row["num_stages"],
+                       row["maxnreg"], row["dp_first"]))  # fmt: skip
+    rows.write(machine_row() | {"dp_first": dp_first})
+    if not dp_first:
+        for head_dim in (64, 128, 96):
+            for row in peers(head_dim, repeats):
+                rows.write(row)
+    for variant in variants(dp_first):
+        if time.monotonic() > deadline:
+            print(f"time is over at {variant}", flush=True)
+            break
+        if (variant.kernel, variant.head_dim, *asdict(variant.config).values(), dp_first) not in right:
+            continue
+        try:
+            for row in time_variant(variant, repeats):
+                rows.write({"kind": "time", **variant.row(), **row})
+        except Exception as failure:
+            rows.write({"kind": "time", **variant.row(), "status": "failed", "reason": str(failure)[:200]})
+    if not dp_first:
+        for more in (decoding, row_kernels):
+            for row in more(repeats):
+                if time.monotonic() > deadline:
+                    break
+                rows.write(row)
+    rows.write(machine_row() | {"dp_first": dp_first})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check or time; 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_plan", description="variants of kernels on this GPU")
+    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("--out", type=Path, default=Path("plan.jsonl"), help="lines are appended here")
+    parser.add_argument("--seconds", type=float, default=80.0, help="no variant is begun after that")
+    parser.add_argument("--dp-first", action="store_true", help="time: the backward kernels with dP first")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--share", nargs=3, type=int, metavar=("INDEX", "WORKERS", "FROM"), help="check: of one process")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tools.kernel_plan needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
+        return 2
+    if options.share:
+        work(options.out, *options.share)
+        return 0
+    if options.what == "check":
+        check(options.out, options.seconds, options.workers)
+        return 0
+    rows = Rows(options.out)
+    if options.dp_first:
+        reorder_backward()
+    with suppress(FileNotFoundError):
+        measure(rows, options.out, options.seconds, options.dp_first, options.repeats)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
