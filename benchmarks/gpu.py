@@ -10,6 +10,7 @@ a log for each part, plan.jsonl, results.jsonl.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -67,16 +68,40 @@ def parts(folder: Path) -> list[Part]:
     build = (python, "setup.py", "-q", "build_ext", "--inplace")
     return [
         Part("build", (build, (*plan, "check", *out, "--seconds", "95")), 0.30, together=True),
-        Part("plan", ((*plan, "time", *out), (*plan, "time", "--dp-first", *out, "--seconds", "40")), 0.28),
+        Part("plan", ((*plan, "time", *out),), 0.28),
         Part(
             "tests",
-            ((python, "-m", "pytest", "-q", *parallel, "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", *tests),),
+            (
+                (
+                    python,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "--tb=short",
+                    "--durations=15",
+                    *parallel,
+                    "-m",
+                    "gpu",
+                    f"--junitxml={folder / 'tests.xml'}",
+                    *tests,
+                ),
+            ),
             0.26,
         ),
         Part("sanitizer", tuple(sanitizers), 0.16, together=True),
         Part("bench", ((python, "-m", "benchmarks", "--device", "cuda", "--quick", "--out", str(folder)),), 0.90),
         Part("summary", ((python, "-m", "benchmarks.targets", str(folder)),), 0.04),
     ]
+
+
+def stop(child: subprocess.Popen[bytes], grace: float = 8.0) -> None:
+    """End a command and its children: an interrupt first, after which pytest still reports the failures that it has seen."""
+    child.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def run(part: Part, folder: Path, seconds: float) -> Outcome:
@@ -108,8 +133,7 @@ def run(part: Part, folder: Path, seconds: float) -> Outcome:
                     if code := child.wait(max(0.1, deadline - time.monotonic())):
                         failures.append(f"exit code {code} of {' '.join(command[:5])}")
                 except subprocess.TimeoutExpired:
-                    os.killpg(child.pid, signal.SIGKILL)  # its children too
-                    child.wait()
+                    stop(child)
                     failures.append(f"not done after {limit:.0f} s: {' '.join(command[:5])}")
                     late = True
     status = "timeout" if late else "failed" if failures else "ok"

@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 
 def environment(device: str, command: Sequence[str]) -> dict[str, object]:
     """Everything that numbers depend on, and `id`, a name for it that rows carry."""
-    revision = output("git", "rev-parse", "HEAD") or os.environ.get("REVISION", "")  # a copy without .git is told
+    revision = os.environ.get("REVISION") or output("git", "rev-parse", "HEAD")  # a copy of the tree is told which it is
     facts: dict[str, object] = {
         "machine": slug(device),
         "processor": next(iter(_cpuinfo("model name")), platform.processor()),

@@ -2,7 +2,7 @@
 
 `check` compiles every variant in processes side by side and compares it with the oracle at odd sizes. `time` measures those
 that were right, one after another on an idle GPU, between two measurements of the machine itself. Each result is a line of
-JSON, written at once. What a variant replaces is the first of its group: the configuration that ships.
+JSON, written at once. The first of each kernel and head dim is the configuration that ships.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,76 +27,53 @@ from igpt_kernels import layouts, testing, tuning
 from igpt_kernels.reference import attention_reference, decode_attention_reference
 
 Config = tuning.Config
-Tiles = dict[int, list[tuple[int, ...]]]
-"""Head dim -> block_m, block_n, num_warps, num_stages, and where it is bounded maxnreg; what ships first."""
+Tiles = dict[int, str]
+"""Head dim -> configurations to try beside what ships: block_m x block_n, num_warps, num_stages, and maxnreg if bounded."""
 
-FORWARD: Tiles = {
-    32: [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)],
-    64: [
-        (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (128, 128, 8, 2),
-        (128, 128, 8, 3), (128, 32, 4, 4), (64, 128, 4, 3), (128, 64, 8, 3, 128), (128, 64, 8, 4, 128),
-    ],
-    96: [
-        (128, 64, 8, 3), (128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 4),
-        (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 4, 128),
-    ],
-    128: [
-        (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2), (64, 128, 4, 2),
-        (128, 32, 8, 3, 128), (128, 32, 8, 4, 128), (128, 32, 8, 4),
-    ],
-    256: [(64, 32, 8, 1), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3)],
-}  # fmt: skip
-KEYS: Tiles = {
-    64: [
-        (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 4),
-        (128, 128, 8, 2), (128, 64, 4, 2),
-    ],
-    96: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3)],
-    128: [
-        (64, 64, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
-        (64, 64, 4, 3),
-    ],
-    256: [(32, 64, 8, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 128, 8, 2)],
-}  # fmt: skip
-QUERIES: Tiles = {
-    64: [
-        (128, 64, 8, 2),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-        (64, 64, 4, 2),
-        (64, 64, 4, 4),
-        (128, 64, 4, 3),
-        (128, 64, 8, 3, 128),
-    ],
-    96: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)],
-    128: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3)],
-    256: [(64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
-}
-SPARSE_FORWARD: Tiles = {
-    64: [
-        (64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 4), (64, 64, 4, 7), (128, 64, 8, 3), (64, 32, 4, 5),
-        (128, 128, 8, 5), (64, 64, 4, 2),
-    ],
-    96: [(64, 64, 4, 2), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5)],
-    128: [(64, 64, 4, 2), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5)],
-}  # fmt: skip
-SPARSE_KEYS: Tiles = {
-    64: [(64, 64, 8, 2), (64, 64, 4, 5), (32, 64, 4, 5), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 5)],
-    96: [(64, 64, 8, 1), (32, 64, 4, 5), (64, 64, 4, 5), (64, 64, 4, 3), (32, 64, 4, 3)],
-    128: [(32, 64, 8, 1), (32, 64, 4, 5), (64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 5)],
-}
-SPARSE_QUERIES: Tiles = {
-    64: [(64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (64, 64, 4, 2)],
-    96: [(64, 64, 4, 2), (64, 64, 4, 5), (64, 64, 4, 3), (128, 64, 8, 5)],
-    128: [(64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 4, 2)],
-}
 ATTENTION: dict[str, Tiles] = {
-    "flash_forward": FORWARD,
-    "flash_backward_keys": KEYS,
-    "flash_backward_queries": QUERIES,
-    "sparse_forward": SPARSE_FORWARD,
-    "sparse_backward_keys": SPARSE_KEYS,
-    "sparse_backward_queries": SPARSE_QUERIES,
+    "flash_forward": {
+        32: "128x64,4,3 128x64,8,3 64x64,4,4 128x128,8,3",
+        64: "64x64,4,3 64x64,4,4 128x64,4,3 128x64,8,2 128x64,8,4 128x128,8,3 128x64,8,3,128",
+        96: "128x64,8,3 128x64,8,2,128 128x64,8,4,128 128x128,8,3 64x64,4,3",
+        128: "64x64,4,3 64x64,4,4 128x64,8,3 128x32,8,3,128 128x128,8,2",
+        192: "128x64,8,2 128x64,8,3 64x64,4,2 128x32,8,3",
+        256: "128x32,8,3 64x64,4,2 128x64,8,3",
+    },
+    "flash_backward_keys": {
+        64: "32x64,4,4 32x64,4,3 64x64,4,2 64x64,4,4 64x128,8,3 128x64,4,2",
+        96: "32x64,4,3 64x128,8,3 64x64,4,2 32x64,4,4",
+        128: "32x64,4,3 32x128,8,3 64x64,4,2 64x128,8,2 32x128,8,4",
+        192: "64x128,8,2 32x128,8,2 32x64,4,2 64x64,8,2",
+        256: "32x64,8,3 64x64,8,2 32x128,8,1 64x64,8,1",
+    },
+    "flash_backward_queries": {
+        64: "128x64,4,3 128x64,8,2 128x64,8,3,128 64x64,4,2",
+        96: "128x64,8,3 64x64,4,2 64x32,4,3",
+        128: "64x64,4,2 128x32,8,3 128x64,8,2",
+        192: "128x64,8,2 128x32,8,2 128x32,8,3 64x32,4,2",
+        256: "128x32,8,3 128x64,8,2 64x32,4,2",
+    },
+    "sparse_forward": {
+        64: "64x64,4,5 64x64,4,3 64x32,4,7 64x32,4,4 64x16,4,5 64x64,4,2 64x128,4,4",
+        96: "64x32,4,7 64x32,4,4 64x32,4,3 64x64,4,3 64x16,4,5",
+        128: "64x64,4,3 64x64,4,4 64x32,4,7 64x32,4,3",
+        192: "64x32,4,3 64x32,4,5 64x64,4,3 128x64,8,3",
+        256: "64x32,4,3 64x32,4,5 128x64,8,3 128x32,8,5",
+    },
+    "sparse_backward_keys": {
+        64: "32x64,4,5 32x64,4,2 32x64,4,4 64x64,4,3 16x64,4,5 32x128,8,3",
+        96: "32x64,4,3 32x64,4,4 16x64,4,5 32x128,8,3",
+        128: "32x64,4,5 32x64,4,2 16x64,4,5 32x128,8,3",
+        192: "32x64,8,2 16x64,4,3 32x128,8,2 32x64,4,2",
+        256: "16x64,8,3 32x64,8,2 32x128,8,2",
+    },
+    "sparse_backward_queries": {
+        64: "64x64,4,2 64x32,4,5 64x32,4,3 64x16,4,5",
+        96: "64x64,4,3 64x32,4,5 64x32,4,3",
+        128: "64x64,4,3 64x32,4,5 64x32,4,3",
+        192: "64x32,4,3 64x64,4,2 128x32,8,3",
+        256: "64x32,4,3 64x32,4,2 128x32,8,3",
+    },
 }
 PRODUCTS = {"forward": 4, "keys": 8, "queries": 6}
 """FLOPs of a visible pair and value of a head: two for each matrix product of the kernel."""
@@ -108,35 +85,27 @@ RADII = (7, 15)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run one kernel. `dp_first`: the backward kernels compute dP before the exponential of the scores."""
+    """One way to run one kernel."""
 
     kernel: str
     head_dim: int
     config: Config
-    dp_first: bool = False
 
     def row(self) -> dict[str, object]:
         """As columns."""
-        return {"kernel": self.kernel, "head_dim": self.head_dim, **asdict(self.config), "dp_first": self.dp_first}
+        return {"kernel": self.kernel, "head_dim": self.head_dim, **asdict(self.config)}
 
 
-def variants(dp_first: bool) -> Iterator[Variant]:
-    """All of them; those with `dp_first` are backward kernels only. Head dims that matter most come first."""
-    for head_dim in (64, 128, 96, 32, 256):
+def variants(kernels: Sequence[str] = ()) -> Iterator[Variant]:
+    """All of them, or those of kernels whose name begins with one of `kernels`; head dims that matter most come first."""
+    for head_dim in (64, 128, 96, 32, 192, 256):
         for kernel, dims in ATTENTION.items():
-            for values in dims.get(head_dim, []):
-                if not dp_first or ("backward" in kernel and head_dim in (64, 96, 128)):
-                    yield Variant(kernel, head_dim, Config(*values), dp_first)
-
-
-def reorder_backward() -> None:
-    """Replace the steps of the backward kernels by those that compute dP first; before any of them is compiled."""
-    from igpt_kernels._triton import flash_backward, sparse_backward
-    from tools import kernel_variants
-
-    for module in (flash_backward, sparse_backward):
-        setattr(module, "key_step", kernel_variants.key_step)  # noqa: B010
-    flash_backward.query_step = kernel_variants.query_step
+            if head_dim in dims and (not kernels or kernel.startswith(tuple(kernels))):
+                device = torch.device(DEVICE, 0)
+                shipped = tuning.lookup(kernel, dtype=torch.bfloat16, head_dim=head_dim, device=device)
+                tried = [Config(*map(int, one.replace("x", ",").split(","))) for one in dims[head_dim].split()]
+                for config in dict.fromkeys([shipped, *tried]):
+                    yield Variant(kernel, head_dim, config)
 
 
 class _Nothing:
@@ -251,36 +220,26 @@ class Rows:
         self._file.flush()
 
 
-def work(out: Path, index: int, workers: int, begin: int) -> None:
+def work(out: Path, chosen: Sequence[Variant], index: int, workers: int, begin: int) -> int | None:
     """Check every variant whose number is `index` modulo `workers`, from number `begin` on.
 
-    A fault on the GPU ends what a process can do there, so the process then starts itself again behind that variant.
+    A fault on the GPU ends what a process can do there: then the number to begin with in another process, else None.
     """
     rows = Rows(out)
-    chosen = [*variants(False), *variants(True)]
-    reordered = False
     for number, variant in enumerate(chosen):
         if number % workers != index or number < begin:
             continue
-        if variant.dp_first and not reordered:
-            if number != begin:  # kernels are compiled with the steps that ship: begin anew
-                os.execv(sys.executable, [*WORKER, "--out", str(out), "--share", str(index), str(workers), str(number)])
-            reorder_backward()
-            reordered = True
         row = checked(variant)
         rows.write(row)
         if "CUDA error" in str(row.get("reason")) or "Accelerator" in str(row.get("reason")):
-            os.execv(sys.executable, [*WORKER, "--out", str(out), "--share", str(index), str(workers), str(number + 1)])
+            return number + 1
+    return None
 
 
-WORKER = [sys.executable, "-m", "tools.kernel_plan", "check"]
-
-
-def check(out: Path, seconds: float, workers: int) -> None:
+def check(out: Path, kernels: Sequence[str], seconds: float, workers: int) -> None:
     """Check every variant, in processes side by side."""
-    children = [
-        subprocess.Popen([*WORKER, "--out", str(out), "--share", str(index), str(workers), "0"]) for index in range(workers)
-    ]
+    command = [sys.executable, "-m", "tools.kernel_plan", "check", "--out", str(out), "--kernels", *kernels]
+    children = [subprocess.Popen([*command, "--share", str(index), str(workers), "0"]) for index in range(workers)]
     deadline = time.monotonic() + seconds
     for child in children:
         try:
@@ -291,14 +250,12 @@ def check(out: Path, seconds: float, workers: int) -> None:
     found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
     found = [row for row in found if row["kind"] == "check"]
     failed = [row for row in found if row["status"] != "ok"]
-    total = len([*variants(False), *variants(True)])
+    total = len([*variants(kernels)])
     print(
         f"{len(found)} of {total} variants checked, {len(failed)} failed, {deadline - time.monotonic():.0f} s left", flush=True
     )
     for row in failed:
-        name = [
-            row[key] for key in ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "maxnreg", "dp_first")
-        ]
+        name = [row[key] for key in ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "maxnreg")]
         print(*name, row["reason"][:120], flush=True)
 
 
@@ -313,6 +270,23 @@ def times(run: Callable[[], object], repeats: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return sorted(start.elapsed_time(end) for start, end in pairs)
+
+
+def graph_times(run: Callable[[], object], calls: int = 20) -> list[float]:
+    """Milliseconds of a call inside a CUDA graph of `calls` of them: what is shorter than a launch from Python.
+
+    Inputs beyond the L2 cache stay beyond it, because each call reads all of them.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return [sample / calls for sample in times(graph.replay, 10)]
 
 
 def columns(samples: Sequence[float], flops: float | None = None, read: float | None = None) -> dict[str, object]:
@@ -402,7 +376,7 @@ def peers(head_dim: int, repeats: int) -> Iterator[dict[str, object]]:
             yield row | {"status": "failed", "reason": str(failure)[:200]}
 
 
-def decoding(repeats: int) -> Iterator[dict[str, object]]:
+def decoding() -> Iterator[dict[str, object]]:
     """Decoding at 8 to 512 MiB of cache: tiles of keys, and how many programs share a head."""
     from igpt_kernels._triton.decode import count_splits, launch_decode
 
@@ -429,10 +403,10 @@ def decoding(repeats: int) -> Iterator[dict[str, object]]:
                     yield row | {"status": "failed", "reason": str(failure)[:200]}
                     continue
                 read = 2 * k.numel() * k.element_size()
-                yield row | {"error_share": round(share, 4), "bytes": read} | columns(times(run, repeats), read=read)
+                yield row | {"error_share": round(share, 4), "bytes": read} | columns(graph_times(run), read=read)
 
 
-def row_kernels(repeats: int) -> Iterator[dict[str, object]]:
+def row_kernels() -> Iterator[dict[str, object]]:
     """Norm, activation and loss at Image GPT's widths: what ships and what the tuner would try first."""
     from benchmarks import tune_rows
 
@@ -456,7 +430,7 @@ def row_kernels(repeats: int) -> Iterator[dict[str, object]]:
                 except Exception as failure:
                     yield row | {"status": "failed", "reason": f"{type(failure).__name__}: {str(failure)[:200]}"}
                     continue
-                samples = times(partial(run, config, config), repeats)
+                samples = graph_times(partial(run, config, config))
                 flops, read = None, None
                 if name == "cross_entropy":
                     flops = 2.0 * tune_rows.ROWS * tune_rows.WIDTH * size * (1 if kernel.endswith("forward") else 3)
@@ -480,38 +454,34 @@ def row_candidates(kernel: str, shipped: Config) -> list[Config]:
     return [Config(*values) for values in near]
 
 
-def measure(rows: Rows, checks: Path, seconds: float, dp_first: bool, repeats: int) -> None:
-    """Time what `check` found right. With `dp_first` only those, in a process of their own."""
+def measure(rows: Rows, checks: Path, kernels: Sequence[str], seconds: float, repeats: int) -> None:
+    """Time what `check` found right, its peers, and the kernels that it does not check: decoding, norm, activation, loss."""
     deadline = time.monotonic() + seconds
-    right = set()
-    for line in checks.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row.get("kind") == "check" and row["status"] == "ok":
-            right.add((row["kernel"], row["head_dim"], row["block_m"], row["block_n"], row["num_warps"], row["num_stages"],
-                       row["maxnreg"], row["dp_first"]))  # fmt: skip
-    rows.write(machine_row() | {"dp_first": dp_first})
-    if not dp_first:
-        for head_dim in (64, 128, 96):
-            for row in peers(head_dim, repeats):
-                rows.write(row)
-    for variant in variants(dp_first):
+    names = ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "maxnreg")
+    found = [json.loads(line) for line in checks.read_text(encoding="utf-8").splitlines()]
+    right = {tuple(row[name] for name in names) for row in found if row["kind"] == "check" and row["status"] == "ok"}
+    rows.write(machine_row())
+    for head_dim in () if kernels else (64, 128, 96):
+        for row in peers(head_dim, repeats):
+            rows.write(row)
+    for variant in variants(kernels):
         if time.monotonic() > deadline:
             print(f"time is over at {variant}", flush=True)
             break
-        if (variant.kernel, variant.head_dim, *asdict(variant.config).values(), dp_first) not in right:
+        if tuple(variant.row()[name] for name in names) not in right:
             continue
         try:
             for row in time_variant(variant, repeats):
                 rows.write({"kind": "time", **variant.row(), **row})
         except Exception as failure:
             rows.write({"kind": "time", **variant.row(), "status": "failed", "reason": str(failure)[:200]})
-    if not dp_first:
-        for more in (decoding, row_kernels):
-            for row in more(repeats):
+    for name, more in (("decode", decoding), ("rows", row_kernels)):
+        if not kernels or name in kernels:
+            for row in more():
                 if time.monotonic() > deadline:
                     break
                 rows.write(row)
-    rows.write(machine_row() | {"dp_first": dp_first})
+    rows.write(machine_row())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -520,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--out", type=Path, default=Path("plan.jsonl"), help="lines are appended here")
     parser.add_argument("--seconds", type=float, default=80.0, help="no variant is begun after that")
-    parser.add_argument("--dp-first", action="store_true", help="time: the backward kernels with dP first")
+    parser.add_argument("--kernels", nargs="*", default=[], help="beginnings of names, decode or rows; all when left out")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--share", nargs=3, type=int, metavar=("INDEX", "WORKERS", "FROM"), help="check: of one process")
@@ -529,16 +499,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("tools.kernel_plan needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
         return 2
     if options.share:
-        work(options.out, *options.share)
-        return 0
-    if options.what == "check":
-        check(options.out, options.seconds, options.workers)
-        return 0
-    rows = Rows(options.out)
-    if options.dp_first:
-        reorder_backward()
-    with suppress(FileNotFoundError):
-        measure(rows, options.out, options.seconds, options.dp_first, options.repeats)
+        index, workers, begin = options.share
+        later = work(options.out, [*variants(options.kernels)], index, workers, begin)
+        if later is not None:
+            command = [sys.executable, "-m", "tools.kernel_plan", "check", "--out", str(options.out), "--kernels"]
+            os.execv(sys.executable, [*command, *options.kernels, "--share", str(index), str(workers), str(later)])
+    elif options.what == "check":
+        check(options.out, options.kernels, options.seconds, options.workers)
+    elif not options.out.exists():
+        parser.error(f"--out must be the file that check has written, and there is no {options.out}")
+    else:
+        measure(Rows(options.out), options.out, options.kernels, options.seconds, options.repeats)
     return 0
 
 

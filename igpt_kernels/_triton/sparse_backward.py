@@ -86,7 +86,9 @@ def _sparse_backward_keys_kernel(
         lse = tl.load(Lse + row_base + token, mask=row_ok, other=0.0) * LOG2E
         delta = tl.load(Delta + row_base + token, mask=row_ok, other=0.0)
         visible = visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True)
-        dk0, dk1, dv0, dv1 = key_step(q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB)
+        dk0, dk1, dv0, dv1 = key_step(
+            q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB, False
+        )
 
     if BeforeK is not None:
         dk0, dk1 = add_tile(dk0, dk1, BeforeK + base, at * H * D, col_ok, D, DA, DB)
