@@ -11,6 +11,12 @@ from igpt_kernels import PaletteTable, _ext, palette_lookup
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def _loaded() -> None:
+    """Tests that call an operator first need the library: they may be the first of a process."""
+    _ext.status("cuda")
+
+
 def _levels() -> Tensor:
     levels = torch.arange(256, dtype=torch.uint8)
     return torch.cartesian_prod(levels, levels, levels)
