@@ -82,6 +82,13 @@ def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Config]]]:
         ) from error
 
 
+@functools.cache
+def measured(name: str) -> Mapping[str, frozenset[int]]:
+    """The 16-bit entries of a table that were timed on a device and chosen: kernel -> sizes; empty where none was."""
+    found = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")).get("measured", {})
+    return {kernel: frozenset(sizes) for kernel, sizes in found.get("kernels", {}).items()}
+
+
 def slug(device_name: str) -> str:
     """The file name of a device: ``NVIDIA H200`` is ``nvidia-h200``."""
     return "-".join(device_name.lower().split())

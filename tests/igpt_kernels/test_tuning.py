@@ -48,6 +48,14 @@ def test_the_smallest_entry_that_fits_is_taken() -> None:
     )
 
 
+def test_entries_that_a_device_timed_are_entries() -> None:
+    assert tuning.measured("default") == {}
+    for table in TABLES:
+        for kernel, sizes in tuning.measured(table).items():
+            assert sizes <= {int(size) for size in tuning.table(table)[kernel]["16"]}
+    assert tuning.table("sm_90")["flash_forward"]["16"]["96"].options == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+
+
 def test_bad_tables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     (tmp_path / "odd.json").write_text(json.dumps({"kernels": {"k": {"16": {"64": [48, 64, 4, 1]}}}}))
