@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-hf gpu tune check audit mutants soak format bench golden wheel clean
+.PHONY: help env demo test quick test-hf gpu tune check audit mutants soak format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,31 +27,36 @@ demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/
 	@$(BIN)/igpt demo --out runs/demo
 
 # One thread to a worker: two workers of two threads on two cores wait for each other's OpenMP teams, 5 times longer.
-test: env ## All tests.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} tests
+test: env ## All tests (twelve minutes on two idle cores).
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} --durations=25 --durations-min=5 tests
 	@$(MAKE) --no-print-directory test-hf
+
+# Neither what is marked slow, nor kernels in the interpreter (make test), nor documents, whose examples train models.
+quick: env ## Most tests, for daily work (under 90 seconds on two idle cores).
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} -m "not slow and not gpu" tests
 
 # The environment has one release of transformers; models of the newest are swapped too.
 test-hf: env ## Tests of swapped Hugging Face models with another release (TRANSFORMERS=5.24.0).
 	@test -d $(VENV)/transformers-$(TRANSFORMERS) || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --target $(VENV)/transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
-	@PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/igpt/test_hf.py
+	@PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/igpt/kernels/test_huggingface.py
 
 gpu: ## With a GPU and torch: build, kernel variants, tests, sanitizers (six minutes; PARTS="build bench summary"). Installs nothing.
-	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS))
+	@PYTHONPATH=. $(PYTHON) -m tools.gpu $(if $(PARTS),--parts $(PARTS))
 
 tune: ## On a machine with a GPU: time and verify candidate configurations, write the table of this device.
-	@PYTHONPATH=. $(PYTHON) -m benchmarks.tune
+	@PYTHONPATH=. $(PYTHON) -m tools.tune
 
-check: env ## Format, lint, types; imports point one way and cost nothing.
+check: env ## Format, lint, types, spelling, words; imports point one way; commit messages say why.
 	@$(BIN)/ruff format --check --quiet . || ($(BIN)/ruff format --diff --quiet .; exit 1)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/test_arrows.py
-	@echo "format, lint, types and imports are clean"
+	@$(BIN)/codespell
+	@$(BIN)/python -m pytest -q tests/test_imports.py tests/test_words.py tests/test_commits.py
+	@echo "format, lint, types, spelling, words, imports and commit messages are clean"
 
 audit: env ## Compile every shipped kernel configuration without a GPU: registers, spills, shared memory, tensor core instructions.
-	@$(BIN)/python -m benchmarks.audit && $(BIN)/python -m benchmarks.audit_cuda
+	@$(BIN)/python -m tools.audit && $(BIN)/python -m tools.audit_cuda
 
 # Needs a compiler only. The flags of the build where they touch numbers, and every check of memory and of arithmetic.
 FUZZ ?= build/fuzz

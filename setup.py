@@ -1,7 +1,7 @@
 """Builds the compiled extension, where that is possible. Everything else about the distribution is in pyproject.toml.
 
 An install never fails for want of torch, of a C++ compiler or of CUDA: it goes on without, says so in one sentence, and
-igpt_kernels then works through its torch backend. With IGPT_REQUIRE_EXT=1 it fails instead. How: igpt_kernels/_build.py.
+igpt_kernels then works through its torch backend. With IGPT_REQUIRE_EXT=1 it fails instead. How: igpt_kernels/_native/build.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a build front end does not put it there
 
-from igpt_kernels import _build
+from igpt_kernels._native import build
 
 
 class Sources(build_py):
@@ -41,7 +41,7 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-arguments = _build.extension_arguments(Path("csrc"))
+arguments = build.extension_arguments(Path("csrc"))
 arguments["cmdclass"] = {**arguments.get("cmdclass", {}), "build_py": Sources}
 if "ext_modules" in arguments:
     arguments["cmdclass"]["bdist_wheel"] = Wheel

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import registry, worker
-from benchmarks.registry import PRESETS, RESOLUTIONS, SUITES, Selection
+from benchmarks import plans
+from benchmarks.measure import worker
+from benchmarks.plans import Selection
+from benchmarks.registry import PRESETS, RESOLUTIONS, SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {("cpu", "quick"): 30.0, ("cpu", "default"): 45.0}
@@ -65,7 +67,7 @@ def _device(name: str) -> str:
 def _out(options: argparse.Namespace, device: str) -> Path:
     if options.out is not None:
         return options.out  # type: ignore[no-any-return]
-    from benchmarks import machine
+    from benchmarks.measure import machine
 
     revision = machine.output("git", "rev-parse", "--short", "HEAD") or "unknown"
     name = machine.slug("cpu") if device == "cpu" else "cuda"
@@ -122,11 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
-    from benchmarks import compare, report
-    from benchmarks.run import Runner, Settings, look, read
+    from benchmarks.measure.run import Runner, Settings, probe_machine, read
+    from benchmarks.report import compare, tables
 
     wanted = selection(options, device)
-    cases = list(registry.plan(wanted))
+    cases = list(plans.plan(wanted))
     if options.list:
         print("\n".join(case.key for case in cases))
         return 0
@@ -143,26 +145,26 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
         memory = None if options.memory is None else int(options.memory * 2**30)
         settings = Settings(out, limit, BUDGET[wanted.mode], memory, options.minutes, options.resume)
         began = time.monotonic()
-        worker.preload(module for case in cases for module in registry.find(case)[1].loads)
-        facts = look(device)
+        worker.preload(module for case in cases for module in plans.find(case)[1].loads)
+        facts = probe_machine(device)
         facts["environment"]["command"] = _recorded(arguments)
-        runner = Runner(settings, facts, report.Printer())
+        runner = Runner(settings, facts, tables.Printer())
         _greet(facts, len(cases))
         runner.run(cases)
         lines = runner.file.rows
-        code = _verdict(report.latest(lines), runner.left, time.monotonic() - began)
-    rows = report.latest(lines)
+        code = _verdict(tables.latest(lines), runner.left, time.monotonic() - began)
+    rows = tables.latest(lines)
     print()
-    for sentence in report.largest(rows):
+    for sentence in tables.largest(rows):
         print(sentence)
-    print(f"{', '.join(report.write(out, lines))} in {out}")
+    print(f"{', '.join(tables.write(out, lines))} in {out}")
     if options.compare is not None:
         code = max(code, compare.command(options.compare, lines, options.fail_if, arguments))
     return code
 
 
 def _recorded(arguments: list[str]) -> str:
-    """The command as results keep it: without the folder they go to, which is this machine's own affair."""
+    """The command as results keep it: without the folder they go to, which differs by machine."""
     words = ["python -m benchmarks"]
     skip = False
     for word in arguments:

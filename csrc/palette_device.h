@@ -250,7 +250,7 @@ constexpr int kCellsPerAxis = 256 / kCellSide;
 constexpr int kCells = kCellsPerAxis * kCellsPerAxis * kCellsPerAxis;
 constexpr int kCellColours = kCellSide * kCellSide * kCellSide;
 constexpr int kColoursPerThread = kCellColours / kTeam;
-constexpr int kKept = 2 * kTeam;  // colours kept before they are evaluated and room is made for more
+constexpr int kKept = 2 * kTeam;  // colours kept before they are evaluated to free space for more
 
 // What a team has in common.
 struct Shared {

@@ -6,25 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from igpt.config import ImageGPTConfig, preset
-    from igpt.model import ImageGPT
-    from igpt.palette import Palette
-    from igpt.probe import linear_probe
-    from igpt.sampling import complete, sample
-    from igpt.swap import use_kernels
+    from igpt.evaluation.probe import linear_probe
+    from igpt.generation.sample import complete, sample
+    from igpt.kernels.use import use_kernels
+    from igpt.model.config import ImageGPTConfig, preset
+    from igpt.model.image_gpt import ImageGPT
+    from igpt.palette.palette import Palette
 
 __version__ = "0.1.0"
 __all__ = ["ImageGPT", "ImageGPTConfig", "Palette", "complete", "linear_probe", "preset", "sample", "use_kernels"]
 
 _HOMES = {
-    "ImageGPT": "igpt.model",
-    "ImageGPTConfig": "igpt.config",
-    "Palette": "igpt.palette",
-    "complete": "igpt.sampling",
-    "linear_probe": "igpt.probe",
-    "preset": "igpt.config",
-    "sample": "igpt.sampling",
-    "use_kernels": "igpt.swap",
+    "ImageGPT": "igpt.model.image_gpt",
+    "ImageGPTConfig": "igpt.model.config",
+    "Palette": "igpt.palette.palette",
+    "complete": "igpt.generation.sample",
+    "linear_probe": "igpt.evaluation.probe",
+    "preset": "igpt.model.config",
+    "sample": "igpt.generation.sample",
+    "use_kernels": "igpt.kernels.use",
 }
 
 

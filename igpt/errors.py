@@ -1,4 +1,4 @@
-"""What goes wrong through no fault of the code: one family of errors, and one way to ask for an extra.
+"""User-facing errors, and `import_extra` for optional packages.
 
 The command line turns any `IgptError` into one line on stderr and exit code 2. Everything else is a bug and keeps its
 traceback.
@@ -38,7 +38,7 @@ class MissingExtra(IgptError, ImportError):
     """An optional package is not installed; the message is the command that installs it."""
 
 
-def need(module: str, extra: str) -> ModuleType:
+def import_extra(module: str, extra: str) -> ModuleType:
     """Import `module`, or raise `MissingExtra` with the one command that installs it.
 
     Args:

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from igpt_kernels import layouts
+    from igpt_kernels.activation import quick_gelu
     from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
     from igpt_kernels.backends import explain
-    from igpt_kernels.fused import linear_cross_entropy, quick_gelu, rms_norm
+    from igpt_kernels.loss import linear_cross_entropy
+    from igpt_kernels.norm import rms_norm
     from igpt_kernels.palette import PaletteTable, palette_lookup
 
-_ROOMS = {
+_EXPORTS = {
     "PaletteTable": "palette",
     "block_sparse_attention": "attention",
     "decode_attention": "attention",
     "explain": "backends",
     "flash_attention": "attention",
     "layouts": "layouts",
-    "linear_cross_entropy": "fused",
+    "linear_cross_entropy": "loss",
     "palette_lookup": "palette",
-    "quick_gelu": "fused",
-    "rms_norm": "fused",
+    "quick_gelu": "activation",
+    "rms_norm": "norm",
 }
 
 __all__ = [
@@ -43,10 +45,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
+    if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = importlib.import_module(f"{__name__}.{_ROOMS[name]}")
-    return room if name == _ROOMS[name] else getattr(room, name)
+    module = importlib.import_module(f"{__name__}.{_EXPORTS[name]}")
+    return module if name == _EXPORTS[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

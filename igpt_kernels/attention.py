@@ -10,18 +10,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from igpt_kernels import _ops_attention, _ops_sparse, backends, reference
+from igpt_kernels import backends, reference
+from igpt_kernels._ops import attention as attention_ops
+from igpt_kernels._ops import decode as decode_ops
+from igpt_kernels._ops import sparse as sparse_ops
 from igpt_kernels._torch import attention as torch_attention
-from igpt_kernels._torch import sparse as torch_sparse
+from igpt_kernels._torch import decode as torch_decode
 from igpt_kernels.checks import autocast, check_attention, check_layout, check_length, check_scale
-from igpt_kernels.layouts import SparseLayout, registered
+from igpt_kernels.layouts import SparseLayout, keys_in, registered
+from igpt_kernels.memory import guard_square
+from igpt_kernels.tensors import nonnegative_scale, zero_not_visible
 
 
 def _reference_fits(backend: str, q: Tensor, keys: int) -> None:
-    """Nobody asked for T x T scores by name: then they may not take more than a quarter of free memory."""
+    """T x T scores that were not asked for by name may take a quarter of free memory at most."""
     if backend == "auto":
         rows = q.shape[0] * q.shape[1] * q.shape[2]
-        torch_attention.guard_square(f"{q.shape[2]} x {keys} scores", rows * keys * q.element_size(), q.device)
+        guard_square(f"{q.shape[2]} x {keys} scores", rows * keys * q.element_size(), q.device)
 
 
 def flash_attention(
@@ -55,7 +60,7 @@ def flash_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
         BackendUnavailable: the backend asked for cannot run, with its reasons.
-        MemoryError: a Tq x Tk tensor that nobody asked for by name would take over a quarter of free memory.
+        MemoryError: a Tq x Tk tensor that was not asked for by name would take over a quarter of free memory.
         RuntimeError: in a second derivative; only the reference has one.
 
     Under torch.autocast the inputs are cast to its dtype. The backward pass of the operator (Triton, and torch on the CPU)
@@ -66,22 +71,19 @@ def flash_attention(
     """
     q, k, v = check_attention(*autocast(q, k, v))
     scale = check_scale(scale, q.shape[3])
-    table = backends.explain("flash_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
-    chosen = backends.choose(backend, table, "flash_attention")
+    chosen = backends.select("flash_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
     if chosen == "reference":
         _reference_fits(backend, q, k.shape[2])
         return reference.attention_reference(q, k, v, causal=causal, scale=scale)[0]
-    if scale <= 0:
-        # Kernels mask or take the maximum before they scale, which needs a scale that keeps the order.
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    q, scale = nonnegative_scale(q, scale)
     if chosen == "torch" and q.device.type != "cpu":
         return torch_attention.flash_attention(q, k, v, causal=causal, scale=scale)
-    return _ops_attention.flash_forward(q, k, v, causal, scale)[0]
+    return attention_ops.flash_forward(q, k, v, causal, scale, chosen)[0]
 
 
-def _dense_masks(key: str, heads: int, device: torch.device) -> Tensor:
+def _dense_masks(key: str, device: torch.device) -> Tensor:
     """The dense masks of a layout argument, bool [1 or H,T,T]."""
-    masks = {one: registered(one).dense_mask(device) for one, _ in _ops_sparse.groups_of(key, heads)}
+    masks = {one: registered(one).dense_mask(device) for one in keys_in(key)}
     return torch.stack([masks[one] for one in key.split(";")])
 
 
@@ -113,7 +115,7 @@ def block_sparse_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
         BackendUnavailable: the backend asked for cannot run, with its reasons.
-        MemoryError: a T x T tensor that nobody asked for by name would take over a quarter of free memory.
+        MemoryError: a T x T tensor that was not asked for by name would take over a quarter of free memory.
         RuntimeError: in a second derivative; only the reference has one.
 
     Under torch.autocast the inputs are cast to its dtype. The backward pass is deterministic, bit for bit. The first call
@@ -130,15 +132,13 @@ def block_sparse_attention(
         raise ValueError(f"k must have as many tokens as q, {q.shape[2]}, got {k.shape[2]}")
     if isinstance(layout, SparseLayout) and layout.is_dense:
         return flash_attention(q, k, v, causal=layout.causal, scale=scale, backend=backend)
-    table = backends.explain("block_sparse_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
-    chosen = backends.choose(backend, table, "block_sparse_attention")
+    chosen = backends.select("block_sparse_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
     if chosen == "reference":
         _reference_fits(backend, q, k.shape[2])
-        mask = _dense_masks(key, q.shape[1], q.device)
+        mask = _dense_masks(key, q.device)
         return reference.attention_reference(q, k, v, causal=False, scale=scale, mask=mask)[0]
-    if scale <= 0:
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return _ops_sparse.sparse_forward(q, k, v, key, scale, chosen == "triton")[0]
+    q, scale = nonnegative_scale(q, scale)
+    return sparse_ops.sparse_forward(q, k, v, key, scale, chosen)[0]
 
 
 def decode_attention(
@@ -178,19 +178,17 @@ def decode_attention(
         raise ValueError(f"q must be [B,H,1,D], got {tuple(q.shape)}; use flash_attention for several queries")
     length = check_length(length, batch=q.shape[0], longest=k_cache.shape[2])
     scale = check_scale(scale, q.shape[3])
-    table = backends.explain("decode_attention", dtype=q.dtype, device=q.device, head_dim=q.shape[3])
-    chosen = backends.choose(backend, table, "decode_attention")
+    chosen = backends.select("decode_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
     if layout is not None:
         return _sparse_decode(q, k_cache, v_cache, length, layout, scale, chosen)
     if chosen == "reference":
         return reference.decode_attention_reference(q, k_cache, v_cache, length, scale=scale)
-    if scale <= 0:
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    q, scale = nonnegative_scale(q, scale)
     if chosen == "torch" and q.device.type != "cpu":
-        return torch_attention.decode_attention(q, k_cache, v_cache, length, scale=scale)
+        return torch_decode.decode_attention(q, k_cache, v_cache, length, scale=scale)
     if isinstance(length, Tensor):
-        return _ops_attention.decode(q, k_cache, v_cache, length.to(q.device), 0, scale)[0]
-    return _ops_attention.decode(q, k_cache, v_cache, None, length, scale)[0]
+        return decode_ops.decode(q, k_cache, v_cache, length.to(q.device), 0, scale, chosen)[0]
+    return decode_ops.decode(q, k_cache, v_cache, None, length, scale, chosen)[0]
 
 
 def _sparse_decode(
@@ -204,17 +202,12 @@ def _sparse_decode(
 ) -> Tensor:
     """`decode_attention` with a layout, arguments checked but for the layout."""
     key = check_layout(layout, heads=q.shape[1], tokens=None)
-    tokens = registered(key.split(";")[0]).tokens
+    tokens = registered(keys_in(key)[0]).tokens
     check_length(length, batch=q.shape[0], longest=tokens, what="the layout's")
     if chosen == "reference":
-        shape = (q.shape[0], q.shape[1], 1, k_cache.shape[2])
-        visible = torch.zeros(shape, dtype=torch.bool, device=q.device)
-        for one, members in _ops_sparse.groups_of(key, q.shape[1]):
-            seen = torch_sparse.visible_keys(one, length, k_cache.shape[2], q.shape[0], q.device)
-            visible[:, list(members), 0] = seen[:, None]
-        hidden = ~visible.transpose(-1, -2)
-        k_cache, v_cache = k_cache.masked_fill(hidden, 0), v_cache.masked_fill(hidden, 0)
+        visible = torch_decode.visible_by_layout(key, k_cache, length).expand(-1, q.shape[1], -1, -1)
+        k_cache, v_cache = zero_not_visible(k_cache, visible), zero_not_visible(v_cache, visible)
         return reference.attention_reference(q, k_cache, v_cache, causal=False, scale=scale, mask=visible)[0]
     if isinstance(length, Tensor):
-        return _ops_sparse.sparse_decode(q, k_cache, v_cache, length.to(q.device), 0, key, scale, chosen == "triton")[0]
-    return _ops_sparse.sparse_decode(q, k_cache, v_cache, None, length, key, scale, chosen == "triton")[0]
+        return decode_ops.sparse_decode(q, k_cache, v_cache, length.to(q.device), 0, key, scale, chosen)[0]
+    return decode_ops.sparse_decode(q, k_cache, v_cache, None, length, key, scale, chosen)[0]

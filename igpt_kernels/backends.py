@@ -1,58 +1,177 @@
-"""Which implementation can run an operation, and why the others cannot: pure functions of plain facts.
+"""Which implementation can run an operation, and why the others cannot: one table, and pure functions of plain facts.
 
-A capability record says what a backend takes; `explain` turns it into a list of reasons, and `choose` into a
-decision. The same check answers "choose for me" and "why not?". Nothing here needs a device or keeps state.
+`IMPLEMENTATIONS` lists for every public operation its backends, best first: where their functions are (imported late), and
+what they take. `reasons` gives everything that speaks against one of them, `explain` shows that for all, `select` decides.
+A new backend is a record in the table and its own files.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
-class Capability:
-    """What one backend of one operation takes."""
+class Implementation:
+    """One backend of one operation.
+
+    Attributes:
+        backend: its name.
+        functions: name of a step of the operation -> ``"module:function"``. All backends of an operation take the same
+            positional arguments in a step. Empty for the reference, which the public functions call themselves.
+        dtypes: of the inputs.
+        devices: types of devices; None is any.
+        min_size: smallest size of the kind that `SIZE_ARGUMENT` names for the operation.
+        max_size: largest size of that kind; None is any.
+        requires: what must be there: ``"triton"``, or ``"ext"``, the compiled extension.
+    """
 
     backend: str
-    dtypes: tuple[torch.dtype, ...]
+    functions: Mapping[str, str] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     devices: tuple[str, ...] | None = None
-    """Device types; None is any."""
-    least: int = 1
-    """Smallest size of the kind that `SIZES` names for the operation."""
-    widest: int | None = None
-    """Largest size of that kind; None is any."""
-    needs_triton: bool = False
+    min_size: int = 1
+    max_size: int | None = None
+    requires: str | None = None
 
 
-_ALL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TRITON = Capability("triton", _ALL[:3], devices=("cuda",), widest=256, needs_triton=True)
-_ANYWHERE = (Capability("torch", _ALL), Capability("reference", _ALL))
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: searching the path costs more than a small attention
-OLDEST = (8, 0)
-"""Compute capability from which on the Triton kernels run: bfloat16 products, and 99 KiB of shared memory."""
+def _triton(functions: Mapping[str, str], *, min_size: int = 1, max_size: int | None) -> Implementation:
+    places = {step: f"igpt_kernels._triton.{place}" for step, place in functions.items()}
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return Implementation("triton", places, dtypes, ("cuda",), min_size, max_size, "triton")
 
-# Best first: "auto" takes the first backend without a reason against it.
-CAPABILITIES: dict[str, tuple[Capability, ...]] = {
-    "flash_attention": (_TRITON, *_ANYWHERE),
-    "block_sparse_attention": (_TRITON, *_ANYWHERE),
-    "decode_attention": (_TRITON, *_ANYWHERE),
-    "rms_norm": (replace(_TRITON, widest=8192), *_ANYWHERE),
-    "quick_gelu": (replace(_TRITON, widest=None), *_ANYWHERE),
-    "linear_cross_entropy": (replace(_TRITON, least=2, widest=8192), *_ANYWHERE),
+
+def _torch(functions: Mapping[str, str]) -> Implementation:
+    return Implementation("torch", {step: f"igpt_kernels._torch.{place}" for step, place in functions.items()})
+
+
+_REFERENCE = Implementation("reference")
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    "flash_attention": (
+        _triton(
+            {
+                "forward": "attention_forward:launch_flash_forward",
+                "backward": "attention_backward:launch_flash_backward",
+            },
+            max_size=256,
+        ),
+        _torch({"forward": "attention:flash_forward", "backward": "attention:flash_backward"}),
+        _REFERENCE,
+    ),
+    "block_sparse_attention": (
+        _triton(
+            {"forward": "sparse_forward:launch_sparse_forward", "backward": "sparse_backward:launch_sparse_backward"},
+            max_size=256,
+        ),
+        _torch({"forward": "sparse:sparse_forward", "backward": "sparse:sparse_backward"}),
+        _REFERENCE,
+    ),
+    "decode_attention": (
+        _triton({"dense": "decode:launch_decode", "sparse": "sparse_decode:launch_sparse_decode"}, max_size=256),
+        _torch({"dense": "decode:decode", "sparse": "decode:sparse_decode"}),
+        _REFERENCE,
+    ),
+    "rms_norm": (
+        _triton({"forward": "norm:launch_rms_norm_forward", "backward": "norm:launch_rms_norm_backward"}, max_size=8192),
+        _torch({"forward": "norm:rms_norm_forward", "backward": "norm:rms_norm_backward"}),
+        _REFERENCE,
+    ),
+    "quick_gelu": (
+        _triton(
+            {"forward": "activation:launch_quick_gelu_forward", "backward": "activation:launch_quick_gelu_backward"},
+            max_size=None,
+        ),
+        _torch({"forward": "activation:quick_gelu_forward", "backward": "activation:quick_gelu_backward"}),
+        _REFERENCE,
+    ),
+    "linear_cross_entropy": (
+        _triton(
+            {"rows": "loss:launch_cross_entropy_forward", "rows_backward": "loss:launch_cross_entropy_backward"},
+            min_size=2,
+            max_size=8192,
+        ),
+        _torch({"rows": "loss:cross_entropy_rows", "rows_backward": "loss:cross_entropy_rows_backward"}),
+        _REFERENCE,
+    ),
+    "palette_lookup": (
+        Implementation("ext", dtypes=(torch.uint8,), devices=("cpu", "cuda"), requires="ext"),
+        Implementation("torch", dtypes=(torch.uint8,)),
+        Implementation("reference", dtypes=(torch.uint8,)),
+    ),
 }
-SIZES: Mapping[str, str] = {"rms_norm": "width", "quick_gelu": "width", "linear_cross_entropy": "vocab"}
-"""The one size that an operation's backends may be limited in; that of attention is head_dim."""
+"""Operation -> its backends, best first: "auto" takes the first without a reason against it."""
 
-SPARSE = ("block_sparse_attention", "decode_attention")
-"""Operations that take a layout."""
+SIZE_ARGUMENT: Mapping[str, str | None] = {
+    "flash_attention": "head_dim",
+    "block_sparse_attention": "head_dim",
+    "decode_attention": "head_dim",
+    "rms_norm": "width",
+    "quick_gelu": "width",
+    "linear_cross_entropy": "vocab",
+    "palette_lookup": None,
+}
+"""The one size that an operation's backends may be limited in, as `explain` takes it."""
+MIN_COMPUTE_CAPABILITY = (8, 0)
+"""From which on the Triton kernels run: bfloat16 products, and 99 KiB of shared memory."""
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: searching the path costs more than a small attention
 
 
 class BackendUnavailable(ValueError):
     """A backend asked for by name cannot run this call; the message lists every reason."""
+
+
+def reasons(
+    implementation: Implementation, *, dtype: torch.dtype, device: torch.device, size: int | None, size_name: str | None
+) -> list[str]:
+    """Everything that speaks against an implementation for such inputs; empty when it can run."""
+    found = []
+    if implementation.devices is not None and device.type not in implementation.devices:
+        found.append(f"device {device.type} is not one of {', '.join(implementation.devices)}")
+    if dtype not in implementation.dtypes:
+        found.append(f"dtype {dtype} is not one of {', '.join(map(str, implementation.dtypes))}")
+    if size is not None:
+        if size < implementation.min_size:
+            found.append(f"{size_name} {size} is below {implementation.min_size}")
+        if implementation.max_size is not None and size > implementation.max_size:
+            found.append(f"{size_name} {size} is above {implementation.max_size}")
+    if implementation.requires == "triton":
+        found.extend(_without_triton(device))
+    elif implementation.requires == "ext":
+        found.extend(_without_extension(device))
+    return found
+
+
+def _without_triton(device: torch.device) -> list[str]:
+    """Why Triton cannot run on `device`; a GPU that is not in this machine is taken to be new enough."""
+    found = []
+    if not _HAS_TRITON:
+        found.append("triton is not installed (pip install triton)")
+    # torch.compile folds the properties into a constant, but neither the count nor get_device_capability; and what it traces
+    # has its tensors on a device that is there.
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    if cuda and (torch.compiler.is_compiling() or (device.index or 0) < torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(device)
+        if (properties.major, properties.minor) < MIN_COMPUTE_CAPABILITY:
+            needed = ".".join(map(str, MIN_COMPUTE_CAPABILITY))
+            found.append(f"compute capability {properties.major}.{properties.minor} is below {needed}")
+    return found
+
+
+def _without_extension(device: torch.device) -> list[str]:
+    """Why the compiled extension does not serve tensors of `device`."""
+    from igpt_kernels._native import load
+
+    if not load.status().loaded:
+        return [load.status().reason]
+    if device.type == "cuda" and not load.status("cuda").loaded:
+        return [load.status("cuda").reason]
+    return []
 
 
 def explain(
@@ -63,7 +182,6 @@ def explain(
     head_dim: int | None = None,
     width: int | None = None,
     vocab: int | None = None,
-    layout: object = None,
 ) -> list[tuple[str, list[str]]]:
     """The backends of `op`, best first, each with the reasons it cannot run (an empty list: it can).
 
@@ -71,62 +189,36 @@ def explain(
         op: name of a public operation, for example ``"flash_attention"``.
         dtype: dtype of the inputs.
         device: device of the inputs; need not exist.
-        head_dim: width of a head, for attention; each operation takes the one size that `SIZES` names.
+        head_dim: width of a head, for attention; each operation takes the one size that `SIZE_ARGUMENT` names.
         width: values in a row, for ``"rms_norm"`` and ``"quick_gelu"``.
         vocab: classes, for ``"linear_cross_entropy"``.
-        layout: the sparse pattern, for operations that take one; every backend takes every pattern.
 
     Raises:
         TypeError: the operation's size is missing, or another one was given.
-        ValueError: unknown operation, or one that takes no layout.
+        ValueError: unknown operation.
     """
-    if op not in CAPABILITIES:
-        raise ValueError(f"op must be one of {', '.join(CAPABILITIES)}; got {op!r}")
-    if layout is not None and op not in SPARSE:
-        raise ValueError(f"layout must be None for {op}, got {layout}")
-    kind, name = torch.device(device).type, SIZES.get(op, "head_dim")
-    size = None
-    for one, value in (("head_dim", head_dim), ("width", width), ("vocab", vocab)):
-        if one == name:
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"op must be one of {', '.join(IMPLEMENTATIONS)}; got {op!r}")
+    name, size = SIZE_ARGUMENT[op], None
+    for argument, value in (("head_dim", head_dim), ("width", width), ("vocab", vocab)):
+        if argument == name:
             size = value
         elif value is not None:
-            raise TypeError(f"{one} must be None for {op}, which takes {name}; got {value!r}")
-    if size is None:
+            raise TypeError(f"{argument} must be None for {op}, which takes {name or 'no size'}; got {value!r}")
+    if name is not None and size is None:
         raise TypeError(f"{name} must be given for {op}")
-    table = []
-    for capability in CAPABILITIES[op]:
-        reasons = []
-        if capability.devices is not None and kind not in capability.devices:
-            reasons.append(f"device {kind} is not one of {', '.join(capability.devices)}")
-        if dtype not in capability.dtypes:
-            reasons.append(f"dtype {dtype} is not one of {', '.join(map(str, capability.dtypes))}")
-        if size < capability.least:
-            reasons.append(f"{name} {size} is below {capability.least}")
-        if capability.widest is not None and size > capability.widest:
-            reasons.append(f"{name} {size} is above {capability.widest}")
-        if capability.needs_triton:
-            reasons.extend(_without_triton(torch.device(device)))
-        table.append((capability.backend, reasons))
-    return table
+    return _table(op, dtype, torch.device(device), size)
 
 
-def _without_triton(device: torch.device) -> list[str]:
-    """Why Triton cannot run on `device`; a GPU that is not in this machine is taken to be new enough."""
-    reasons = []
-    if not _HAS_TRITON:
-        reasons.append("triton is not installed (pip install triton)")
-    # torch.compile folds the properties into a constant, but neither the count nor get_device_capability; and what it traces
-    # has its tensors on a device that is there.
-    cuda = device.type == "cuda" and torch.cuda.is_available()
-    if cuda and (torch.compiler.is_compiling() or (device.index or 0) < torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(device)
-        if (found.major, found.minor) < OLDEST:
-            reasons.append(f"compute capability {found.major}.{found.minor} is below {OLDEST[0]}.{OLDEST[1]}")
-    return reasons
+def _table(op: str, dtype: torch.dtype, device: torch.device, size: int | None) -> list[tuple[str, list[str]]]:
+    return [
+        (each.backend, reasons(each, dtype=dtype, device=device, size=size, size_name=SIZE_ARGUMENT[op]))
+        for each in IMPLEMENTATIONS[op]
+    ]
 
 
 def choose(backend: str, table: Sequence[tuple[str, list[str]]], op: str) -> str:
-    """The backend to run: the first able one for ``"auto"``, else the one asked for.
+    """The backend to run, from what `explain` gives: the first able one for ``"auto"``, else the one asked for.
 
     Raises:
         ValueError: unknown backend name.
@@ -135,8 +227,41 @@ def choose(backend: str, table: Sequence[tuple[str, list[str]]], op: str) -> str
     names = [name for name, _ in table]
     if backend != "auto" and backend not in names:
         raise ValueError(f"backend must be auto, {', '.join(names)} for {op}; got {backend!r}")
-    for name, reasons in table:
-        if backend in ("auto", name) and not reasons:
+    for name, found in table:
+        if backend in ("auto", name) and not found:
             return name
-    refused = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in table if backend in ("auto", name))
+    refused = "; ".join(f"{name}: {', '.join(found)}" for name, found in table if backend in ("auto", name))
     raise BackendUnavailable(f"{op} cannot run with backend={backend!r}: {refused}")
+
+
+def select(op: str, backend: str, *, dtype: torch.dtype, device: torch.device, size: int | None = None) -> str:
+    """The backend that runs a call of `op`; a name never falls back. Stops at the first that can run.
+
+    Raises:
+        ValueError, BackendUnavailable: see `choose`.
+    """
+    name = SIZE_ARGUMENT[op]
+    for each in IMPLEMENTATIONS[op]:
+        if backend in ("auto", each.backend) and not reasons(each, dtype=dtype, device=device, size=size, size_name=name):
+            return each.backend
+    return choose(backend, _table(op, dtype, device, size), op)
+
+
+@functools.cache
+def _load(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def step(op: str, backend: str, name: str) -> Callable[..., Any]:
+    """The function of a backend for a step of an operation, for example ``step("rms_norm", "triton", "backward")``.
+
+    Raises:
+        ValueError: no such backend of the operation, or no such step of it.
+    """
+    for each in IMPLEMENTATIONS[op]:
+        if each.backend == backend and name in each.functions:
+            return _load(each.functions[name])
+    known = [each.backend for each in IMPLEMENTATIONS[op] if name in each.functions]
+    raise ValueError(f"backend must be one of {', '.join(known)} for {name} of {op}; got {backend!r}")

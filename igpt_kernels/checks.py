@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from igpt_kernels.layouts import SparseLayout
+from igpt_kernels.layouts import SparseLayout, joined
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -94,7 +94,7 @@ def check_rows(x: object) -> Tensor:
     return x
 
 
-def check_beside(name: str, value: object, x: Tensor, shape: Sequence[int]) -> Tensor:
+def check_companion(name: str, value: object, x: Tensor, shape: Sequence[int]) -> Tensor:
     """Check a tensor that goes with `x`: of `shape`, on its device; its dtype may differ, but float64 goes with float64 only.
 
     Raises:
@@ -205,4 +205,4 @@ def check_layout(layout: object, *, heads: int, tokens: int | None) -> str:
             raise ValueError(
                 f"layout must have {wanted} tokens, got {entry.tokens} in {entry.key} (layout.prefix(n) is that of the first n)"
             )
-    return ";".join([entry.key for entry in layouts])
+    return joined([entry.key for entry in layouts])

@@ -9,181 +9,25 @@ patterns. Strided and fixed patterns follow Child et al. 2019 ("Generating Long 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from igpt_kernels.patterns import UNBOUNDED, Box, Fn, Intersection, Pattern, Union, predicate, split
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from igpt_kernels.blocks import BlockLists
+    from igpt_kernels.block_lists import BlockLists
 
-# torch is imported late: configurations are checked by `parse`, and a command line should not wait for it.
-Interval = tuple[int, int]
-FAR = 1 << 40
-"""Beyond every difference of positions."""
-ANY: Interval = (-FAR, FAR)
-Fn = Callable[[Any, Any], Any]
-
-_registered: dict[str, SparseLayout] = {}
-
-
-def _within(x: Tensor, interval: Interval) -> Tensor | None:
-    """Whether x lies in the interval, ends included; None where every x does."""
-    low, high = interval
-    if low <= -FAR and high >= FAR:
-        return None
-    if low == high:
-        return x == low
-    if low <= -FAR:
-        return x <= high
-    if high >= FAR:
-        return x >= low
-    return (x >= low) & (x <= high)
-
-
-@dataclass(frozen=True)
-class Box:
-    """Pairs whose differences lie in intervals, on a grid that cuts the tokens into rows of `pitch`.
-
-    With query (qy, qx) and key (ky, kx) on that grid, all of these hold, ends included.
-    """
-
-    spec: str
-    """How it is written: ``local2d:7``."""
-    pitch: int
-    """Tokens in a row of the grid: the image's width, or the stride."""
-    tile: tuple[int, int]
-    """Rows and columns of the tiles it is best cut into."""
-    rows: Interval = ANY
-    """qy - ky: how far above."""
-    cols: Interval = ANY
-    """kx - qx: how far to the right."""
-    keys: Interval = ANY
-    """kx: columns that are seen from everywhere."""
-    lag: Interval = ANY
-    """q - k: how long ago in raster order."""
-
-    def permits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k; both broadcast."""
-        qy, qx = q // self.pitch, q % self.pitch
-        ky, kx = k // self.pitch, k % self.pitch
-        tests = ((qy - ky, self.rows), (kx - qx, self.cols), (kx, self.keys), (q - k, self.lag))
-        result = q - k >= -FAR
-        for x, interval in tests:
-            inside = _within(x, interval)
-            if inside is not None:
-                result = result & inside
-        return result
-
-
-@dataclass(frozen=True)
-class Predicate:
-    """Pairs for which a function says so."""
-
-    spec: str
-    pitch: int
-    tile: tuple[int, int]
-    fn: Fn
-
-    def permits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k.
-
-        Raises:
-            TypeError, ValueError: the function gave anything but a bool tensor that broadcasts to q and k.
-        """
-        import torch
-
-        result = self.fn(q, k)
-        if not isinstance(result, torch.Tensor) or result.dtype != torch.bool:
-            got = f"{result.dtype} tensor" if isinstance(result, torch.Tensor) else type(result).__name__
-            raise TypeError(f"fn(q, k) must give a bool tensor, got {got}")
-        shape = torch.broadcast_shapes(q.shape, k.shape)
-        try:
-            return result.to(q.device).expand(shape)
-        except RuntimeError:
-            raise ValueError(f"fn(q, k) must give a tensor of shape {tuple(shape)}, got {tuple(result.shape)}") from None
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _predicate, (self.pitch, self.fn)
-
-
-@dataclass(frozen=True)
-class Union:
-    """Pairs of either pattern."""
-
-    first: Pattern
-    second: Pattern
-    name: str = ""
-    """How it is written, where it is more than the sum of its sides."""
-
-    @property
-    def spec(self) -> str:
-        return self.name or f"{self.first.spec}+{self.second.spec}"
-
-    def permits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k."""
-        return self.first.permits(q, k) | self.second.permits(q, k)
-
-
-@dataclass(frozen=True)
-class Intersection:
-    """Pairs of both patterns."""
-
-    first: Pattern
-    second: Pattern
-
-    @property
-    def spec(self) -> str:
-        sides = (self.first, self.second)
-        return "&".join(f"({x.spec})" if isinstance(x, Union) and not x.name else x.spec for x in sides)
-
-    def permits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k."""
-        return self.first.permits(q, k) & self.second.permits(q, k)
-
-
-Pattern = Box | Predicate | Union | Intersection
-
-
-@dataclass(frozen=True)
-class Part:
-    """Pairs of `carrier` that are in all of `keep` and in none of `drop`. The parts of a pattern are disjoint and cover it."""
-
-    carrier: Box | Predicate
-    keep: tuple[Pattern, ...] = ()
-    drop: tuple[Pattern, ...] = ()
-
-    def permits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k."""
-        result = self.carrier.permits(q, k)
-        for pattern in self.keep:
-            result = result & pattern.permits(q, k)
-        for pattern in self.drop:
-            result = result & ~pattern.permits(q, k)
-        return result
-
-
-def _only_predicates(pattern: Pattern) -> bool:
-    if isinstance(pattern, Union | Intersection):
-        return _only_predicates(pattern.first) and _only_predicates(pattern.second)
-    return isinstance(pattern, Predicate)
-
-
-def split(pattern: Pattern) -> tuple[Part, ...]:
-    """Disjoint parts, each carried by one box or predicate, which says how it is cut into tiles."""
-    if isinstance(pattern, Union):
-        rest = (replace(part, drop=(*part.drop, pattern.first)) for part in split(pattern.second))
-        return (*split(pattern.first), *rest)
-    if isinstance(pattern, Intersection):
-        carrier, filtering = pattern.first, pattern.second
-        # A box knows which tiles it can touch; a predicate has to be asked about all of them.
-        if _only_predicates(carrier) and not _only_predicates(filtering):
-            carrier, filtering = filtering, carrier
-        return tuple(replace(part, keep=(*part.keep, filtering)) for part in split(carrier))
-    return (Part(pattern),)
+# Layouts by key: those that a variable still holds, and the newest 256. Others are read again from their key.
+_alive: weakref.WeakValueDictionary[str, SparseLayout] = weakref.WeakValueDictionary()
+_newest: deque[SparseLayout] = deque(maxlen=256)
 
 
 def _check_size(name: str, value: object) -> None:
@@ -227,7 +71,8 @@ class SparseLayout:
         tile = "" if self._tile is None else f",tile={self._tile[0]}x{self._tile[1]}"
         prefix = "" if self.tokens == self.height * self.width else f"[:{self.tokens}]"
         object.__setattr__(self, "key", f"{self.pattern.spec}{size}{prefix}{'' if self.causal else ',full'}{tile}")
-        _registered[self.key] = self
+        _alive[self.key] = self
+        _newest.append(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         # By its fields, so that a copy in another process registers itself there.
@@ -239,7 +84,12 @@ class SparseLayout:
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the tiles that the pattern is cut into (its first part, if it has several)."""
-        return self._tile or split(self.pattern)[0].carrier.tile
+        return self._tile or split(self.pattern)[0].base.tile
+
+    @property
+    def own_tile(self) -> tuple[int, int] | None:
+        """What `with_tile` set, or None."""
+        return self._tile
 
     @property
     def is_dense(self) -> bool:
@@ -284,7 +134,7 @@ class SparseLayout:
         return self._permits(position[start:, None], position[None, :])
 
     def block_lists(self, block_m: int = 64, block_n: int = 64) -> tuple[BlockLists, ...]:
-        """The pattern as lists of tiles, one `BlockLists` for each disjoint part; cached. See `igpt_kernels.blocks`.
+        """The pattern as lists of tiles, one `BlockLists` for each disjoint part; cached. See `igpt_kernels.block_lists`.
 
         Args:
             block_m: queries in a tile, a power of two from 16 to 128.
@@ -292,14 +142,10 @@ class SparseLayout:
 
         Cost: O(touched tiles), except for predicates: all pairs once, in T² time and O(touched tiles) memory.
         """
-        from igpt_kernels.blocks import block_lists
-
-        return block_lists(self.key, block_m, block_n)
+        return lists_of(self.key, block_m, block_n)
 
     def keys_of(self, query: int) -> Tensor:
         """The keys that one query sees, int64, ascending; reads one row of tiles."""
-        from igpt_kernels.blocks import keys_of
-
         if not isinstance(query, int) or not 0 <= query < self.tokens:
             raise ValueError(f"query must be an int from 0 to {self.tokens - 1}, got {query!r}")
         return keys_of(self.key, query)
@@ -362,10 +208,71 @@ class SparseLayout:
 def registered(key: str) -> SparseLayout:
     """The layout with this `key`. Registered operators take keys, because their arguments are tensors and plain values.
 
+    A key says how to make its layout again, unless the pattern is a function: then the layout must still be held by a variable.
+
     Raises:
-        KeyError: no such layout was made in this process.
+        KeyError: no such layout, or one made by `from_predicate` that no variable holds any more.
     """
-    return _registered[key]
+    layout = _alive.get(key)
+    return _read_key(key) if layout is None else layout
+
+
+_KEY = re.compile(r"(?P<spec>.+)@(?P<h>\d+)x(?P<w>\d+)(\[:(?P<n>\d+)\])?(?P<full>,full)?(,tile=(?P<r>\d+)x(?P<c>\d+))?")
+
+
+def _read_key(key: str) -> SparseLayout:
+    found = _KEY.fullmatch(key)
+    if found is None or "predicate#" in key:
+        why = "its pattern is a function: keep the layout that from_predicate returned" if found else "it is no key of a layout"
+        raise KeyError(f"no layout {key!r} is alive, and {why}")
+    size = int(found["h"]), int(found["w"])
+    try:
+        layout = _read(found["spec"], *size, causal=not found["full"])
+    except ValueError as error:
+        raise KeyError(f"no layout {key!r} is alive, and it cannot be read: {error}") from error
+    if found["n"]:
+        layout = layout.prefix(int(found["n"]))
+    return layout.with_tile(int(found["r"]), int(found["c"])) if found["r"] else layout
+
+
+def joined(keys: Sequence[str]) -> str:
+    """Keys of the layouts of all heads as the one string that an operator takes: one key if all are equal."""
+    return keys[0] if len(set(keys)) == 1 else ";".join(keys)
+
+
+def keys_in(key: str) -> list[str]:
+    """What `joined` joined: the different keys, in order of the first head."""
+    return list(dict.fromkeys(key.split(";")))
+
+
+@functools.lru_cache(maxsize=64)
+def groups_of(key: str, heads: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The different keys in a layout argument, each with the heads that use it, in order of the first head."""
+    keys = key.split(";")
+    if len(keys) == 1:
+        return ((key, tuple(range(heads))),)
+    return tuple((one, tuple(head for head, mine in enumerate(keys) if mine == one)) for one in keys_in(key))
+
+
+@functools.lru_cache(maxsize=256)
+def lists_of(key: str, block_m: int, block_n: int) -> tuple[BlockLists, ...]:
+    """The block lists of a registered layout; see `SparseLayout.block_lists`."""
+    from igpt_kernels.block_lists import build
+
+    return build(registered(key), block_m, block_n)
+
+
+@functools.lru_cache(maxsize=256)
+def lists_on(key: str, block_m: int, block_n: int, device: torch.device) -> tuple[BlockLists, ...]:
+    """The block lists of a registered layout on a device."""
+    return tuple(lists.to(device) for lists in lists_of(key, block_m, block_n))
+
+
+def keys_of(key: str, query: int) -> Tensor:
+    """The keys that one query of a registered layout sees, int64, ascending."""
+    from igpt_kernels import block_lists
+
+    return block_lists.keys_of(lists_of(key, 64, 64), query)
 
 
 def dense(height: int, width: int, *, causal: bool = True) -> SparseLayout:
@@ -463,7 +370,7 @@ def fixed(height: int, width: int, stride: int | None = None, c: int = 8, *, cau
     if c > stride:
         raise ValueError(f"c must be at most the stride, {stride}, got {c}")
     block = Box(f"block:{stride}", stride, (1, 64), rows=(0, 0))
-    summary = Box(f"summary:{stride},{c}", stride, (8, 8), keys=(stride - c, FAR))
+    summary = Box(f"summary:{stride},{c}", stride, (8, 8), keys=(stride - c, UNBOUNDED))
     return SparseLayout(height, width, Union(block, summary, name=f"fixed:{stride},{c}"), causal)
 
 
@@ -485,25 +392,21 @@ def from_predicate(height: int, width: int, fn: Fn, *, causal: bool = True) -> S
     if not callable(fn):
         raise TypeError(f"fn must be a function of (q, k), got {type(fn).__name__}")
     _check_size("width", width)
-    return SparseLayout(height, width, _predicate(width, fn), causal)
+    return SparseLayout(height, width, predicate(width, fn), causal)
 
 
-def _predicate(width: int, fn: Fn) -> Predicate:
-    """A predicate with a name that is its function's in this process."""
-    return Predicate(_predicates.setdefault(fn, f"predicate#{len(_predicates) + 1}"), width, (8, 8), fn)
-
-
-_predicates: dict[Fn, str] = {}
-_MAKERS: dict[str, tuple[Callable[..., SparseLayout], int, int]] = {
-    "dense": (dense, 0, 0),
-    "local2d": (local2d, 1, 1),
-    "row": (row, 0, 0),
-    "column": (column, 0, 0),
-    "row_column": (row_column, 0, 0),
-    "strided": (strided, 0, 1),
-    "fixed": (fixed, 0, 2),
+_MAKERS: dict[str, tuple[Callable[..., SparseLayout], int, int, str]] = {
+    "dense": (dense, 0, 0, "dense"),
+    "local2d": (local2d, 1, 1, "local2d:R"),
+    "row": (row, 0, 0, "row"),
+    "column": (column, 0, 0, "column"),
+    "row_column": (row_column, 0, 0, "row_column"),
+    "strided": (strided, 0, 1, "strided[:STRIDE]"),
+    "fixed": (fixed, 0, 2, "fixed[:STRIDE[,C]]"),
 }
-FORMS = "dense, local2d:R, row, column, row_column, strided[:STRIDE], fixed[:STRIDE[,C]]; joined by + (either) or & (both)"
+"""Name of a pattern -> its maker, fewest and most numbers behind the colon, and the form in words."""
+
+FORMS = ", ".join(form for *_, form in _MAKERS.values()) + "; joined by + (either) or & (both)"
 
 
 def parse(text: str, height: int, width: int, *, causal: bool = True) -> SparseLayout:
@@ -520,21 +423,44 @@ def parse(text: str, height: int, width: int, *, causal: bool = True) -> SparseL
     """
     if not isinstance(text, str):
         raise TypeError(f"pattern must be a string, got {type(text).__name__}")
+    return _read(text, height, width, causal=causal)
+
+
+def _read(text: str, height: int, width: int, *, causal: bool) -> SparseLayout:
+    """`parse`, which also reads what keys hold: parentheses around a union inside of an intersection."""
     union: SparseLayout | None = None
-    for terms in text.split("+"):
+    for terms in _split(text, "+"):
         both: SparseLayout | None = None
-        for term in terms.split("&"):
-            found = re.fullmatch(r"\s*([a-z0-9_]+?)\s*(?::\s*(\d+(?:\s*,\s*\d+)*))?\s*", term)
-            if found is None or found.group(1) not in _MAKERS:
-                raise ValueError(f"pattern must be of {FORMS}; got {text!r}")
-            make, fewest, most = _MAKERS[found.group(1)]
-            numbers = [int(number) for number in found.group(2).split(",")] if found.group(2) else []
-            if not fewest <= len(numbers) <= most:
-                wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-                raise ValueError(f"pattern {found.group(1)} takes {wanted} numbers, got {len(numbers)} in {text!r}")
-            layout = make(height, width, *numbers, causal=causal)
+        for term in _split(terms, "&"):
+            if term.startswith("(") and term.endswith(")"):
+                layout = _read(term[1:-1], height, width, causal=causal)
+            else:
+                layout = _read_term(term, text, height, width, causal=causal)
             both = layout if both is None else both & layout
         assert both is not None
         union = both if union is None else union | both
     assert union is not None
     return union
+
+
+def _split(text: str, sign: str) -> list[str]:
+    """`text` cut at each `sign` outside of parentheses."""
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == sign and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    return [*parts, text[start:]]
+
+
+def _read_term(term: str, text: str, height: int, width: int, *, causal: bool) -> SparseLayout:
+    found = re.fullmatch(r"\s*([a-z0-9_]+?)\s*(?::\s*(\d+(?:\s*,\s*\d+)*))?\s*", term)
+    if found is None or found.group(1) not in _MAKERS:
+        raise ValueError(f"pattern must be of {FORMS}; got {text!r}")
+    make, fewest, most, _ = _MAKERS[found.group(1)]
+    numbers = [int(number) for number in found.group(2).split(",")] if found.group(2) else []
+    if not fewest <= len(numbers) <= most:
+        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+        raise ValueError(f"pattern {found.group(1)} takes {wanted} numbers, got {len(numbers)} in {text!r}")
+    return make(height, width, *numbers, causal=causal)

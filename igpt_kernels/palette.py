@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_kernels import _ext
+from igpt_kernels import backends
+from igpt_kernels._native import load
 from igpt_kernels._torch import palette as torch_palette
-from igpt_kernels.backends import choose
 from igpt_kernels.checks import check_tensor
 from igpt_kernels.reference import palette_lookup_reference
 
@@ -215,7 +215,7 @@ class PaletteTable:
         with self._lock:
             if (maker, home) not in self._tables:
                 if maker == "ext":
-                    _ext.require()
+                    load.require()
                     self._tables[maker, home] = torch.ops.igpt_kernels.palette_table(self._colors.to(home))
                 else:
                     self._tables[maker, home] = torch_palette.build_table(self._colors.to(home))
@@ -274,24 +274,19 @@ def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.
         torch.ops.igpt_kernels.palette_lookup(table._table("ext", pixels.device), pixels, channel_dim, tokens)
         return tokens
     # Even where the extension cannot look up, "auto" lets it make the table, which is then copied to the device.
-    maker: Maker = "ext" if backend == "auto" and _ext.status().loaded else "torch"
+    maker: Maker = "ext" if backend == "auto" and load.status().loaded else "torch"
     return torch_palette.lookup(table._table(maker, pixels.device), pixels, channel_dim, dtype)
 
 
 def _choose(backend: Backend, device: torch.device, op: str) -> str:
     """The backend for tensors of `device`; asked for by name, an extension that was not built is built now."""
-    if backend == "ext" and _ext.status().path is None and not torch.compiler.is_compiling():
-        _ext.build()
-    against_ext = [] if _ext.status().loaded else [_ext.status().reason]
-    if device.type == "cuda" and not against_ext and not _ext.status("cuda").loaded:
-        against_ext.append(_ext.status("cuda").reason)
-    elif device.type not in ("cpu", "cuda"):
-        against_ext.append(f"it works on CPU and CUDA tensors, and these are on {device}")
-    return choose(backend, [("ext", against_ext), ("torch", []), ("reference", [])], op)
+    if backend == "ext" and load.status().path is None and not torch.compiler.is_compiling():
+        load.build()
+    return backends.choose(backend, backends.explain("palette_lookup", dtype=torch.uint8, device=device), op)
 
 
 def _ext_serves(device: torch.device) -> bool:
-    return device.type in ("cpu", "cuda") and _ext.status("cuda" if device.type == "cuda" else "cpu").loaded
+    return device.type in ("cpu", "cuda") and load.status("cuda" if device.type == "cuda" else "cpu").loaded
 
 
 def _check_tokens(tokens: Tensor) -> None:

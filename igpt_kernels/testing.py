@@ -16,7 +16,7 @@ from torch import Tensor
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-LAYOUTS = ("contiguous", "heads_last", "fused_qkv", "stepped", "offset")
+MEMORY_FORMATS = ("contiguous", "heads_last", "fused_qkv", "stepped", "offset")
 
 
 def error_ratio(
@@ -109,20 +109,20 @@ def cancelling_terms(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
 
 
 def make_input(
-    shape: Sequence[int], *, dtype: torch.dtype, seed: int, layout: str = "contiguous", device: torch.device | str = "cpu"
+    shape: Sequence[int], *, dtype: torch.dtype, seed: int, memory: str = "contiguous", device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal values [B,H,T,D], the same for every layout, in memory where all else is NaN.
+    """Standard normal values [B,H,T,D], the same for every format, in memory where all else is NaN.
 
     Args:
         shape: B, H, T, D.
         dtype: floating point.
         seed: of the values.
-        layout: ``contiguous``; ``heads_last`` (memory [B,T,H,D]); ``fused_qkv`` (one of three in [B,T,3,H,D]); ``stepped``
+        memory: ``contiguous``; ``heads_last`` (memory [B,T,H,D]); ``fused_qkv`` (one of three in [B,T,3,H,D]); ``stepped``
             (every second value of the last dimension); ``offset`` (starts 5 elements in, rows 3 elements apart).
         device: where.
 
     Raises:
-        ValueError: unknown layout.
+        ValueError: unknown memory format.
     """
     batch, heads, tokens, head_dim = shape
     values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -130,27 +130,27 @@ def make_input(
     def nan(*size: int) -> Tensor:
         return torch.full(size, math.nan, dtype=dtype, device=device)
 
-    if layout == "contiguous":
+    if memory == "contiguous":
         view = nan(batch, heads, tokens, head_dim)
-    elif layout == "heads_last":
+    elif memory == "heads_last":
         view = nan(batch, tokens, heads, head_dim).transpose(1, 2)
-    elif layout == "fused_qkv":
+    elif memory == "fused_qkv":
         view = nan(batch, tokens, 3, heads, head_dim)[:, :, 1].transpose(1, 2)
-    elif layout == "stepped":
+    elif memory == "stepped":
         view = nan(batch, heads, tokens, 2 * head_dim)[..., ::2]
-    elif layout == "offset":
+    elif memory == "offset":
         flat = nan(5 + batch * heads * tokens * (head_dim + 3))
         view = flat[5:].view(batch, heads, tokens, head_dim + 3)[..., :head_dim]
     else:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+        raise ValueError(f"memory must be one of {', '.join(MEMORY_FORMATS)}; got {memory!r}")
     return view.copy_(values)
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that ``torch.empty`` and its kin give out is filled with NaN (integers: their largest value).
+    """Uninitialised allocations are filled with NaN (integers: their largest value).
 
-    So a kernel that leaves a part of its output unwritten, or reads what nobody wrote, cannot pass by luck.
+    So unwritten output, or a read of uninitialised memory, fails the test.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -165,7 +165,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class GuardBands:
-    """While active, every CPU ``torch.empty`` lies between two bands that nobody may write; `check` looks at them.
+    """While active, every CPU ``torch.empty`` lies between two bands that must not be written; `check` looks at them.
 
     The Triton interpreter writes through raw pointers and beyond a tensor's end without a word, so outputs of kernels are
     allocated with guards in their tests.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from igpt import cli
+from igpt.commands import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -19,6 +19,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -36,7 +37,7 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert target in targets, f"{page.name}: make {target}"
     for line in lines:
         if line.startswith("igpt "):
-            cli._parse(shlex.split(line)[1:])
+            main._parse(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,12 +48,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text or f"igpt {name}" in text for name in cli.COMMANDS)
+    assert all(f"`{name}`" in text or f"igpt {name}" in text for name in main.COMMANDS)
 
 
-def test_design_names_every_room() -> None:
+def test_design_names_every_folder_and_top_level_module() -> None:
     text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
-    for package in ("igpt", "igpt_kernels"):
+    for package in ("igpt", "igpt_kernels", "benchmarks", "tools"):
         for path in (ROOT / package).iterdir():
-            if path.suffix == ".py" and path.name != "__init__.py":
+            if path.suffix == ".py" and path.name not in ("__init__.py", "__main__.py"):
                 assert path.name in text, f"DESIGN.md does not say what {package}/{path.name} is for"
+            elif path.is_dir() and (path / "__init__.py").exists():
+                assert f"{path.name}/" in text, f"DESIGN.md does not say what {package}/{path.name}/ is for"

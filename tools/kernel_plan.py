@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import layouts, testing, tuning
-from igpt_kernels.reference import attention_reference, decode_attention_reference
+from igpt_kernels.reference import decode_attention_reference
+from tools.kernels import KERNELS, LOSS_WIDTH, Inputs
 
 Config = tuning.Config
 Tiles = dict[int, str]
@@ -118,9 +119,9 @@ class _Nothing:
 @contextmanager
 def only(kernel: str, delta: Tensor) -> Iterator[None]:
     """Inside, a backward launcher launches this one of its kernels; delta is the one given, its partner's result unset."""
-    from igpt_kernels._triton import flash_backward, sparse_backward
+    from igpt_kernels._triton import attention_backward, sparse_backward
 
-    module = sparse_backward if kernel.startswith("sparse") else flash_backward
+    module = sparse_backward if kernel.startswith("sparse") else attention_backward
     other = kernel.replace("keys", "queries") if kernel.endswith("keys") else kernel.replace("queries", "keys")
     places = {f"_{other}_kernel": _Nothing(), "launch_flash_delta": lambda grad, out: delta}
     kept = {name: getattr(module, name) for name in places}
@@ -133,31 +134,10 @@ def only(kernel: str, delta: Tensor) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def launcher(
-    variant: Variant, tensors: Sequence[Tensor], causal: bool, groups: Sequence[tuple[str, Sequence[int]]]
-) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of the variant on q, k, v and a gradient; the backward partner runs as it ships."""
-    from igpt_kernels._triton.flash_backward import launch_flash_backward
-    from igpt_kernels._triton.flash_forward import launch_flash_forward
-    from igpt_kernels._triton.sparse_backward import launch_sparse_backward
-    from igpt_kernels._triton.sparse_forward import launch_sparse_forward
-
-    q, k, v, grad = tensors
-    scale = q.shape[3] ** -0.5
-    sparse = variant.kernel.startswith("sparse")
-
-    def forward(config: Config | None) -> tuple[Tensor, Tensor]:
-        if sparse:
-            return launch_sparse_forward(q, k, v, groups, scale=scale, config=config)
-        return launch_flash_forward(q, k, v, causal=causal, scale=scale, config=config)
-
-    if variant.kernel.endswith("forward"):
-        return lambda: (forward(variant.config)[0],)
-    out, lse = forward(None)
-    configs: dict[str, Config] = {("key" if variant.kernel.endswith("keys") else "query") + "_config": variant.config}
-    if sparse:
-        return lambda: launch_sparse_backward(grad, q, k, v, out, lse, groups, scale=scale, **configs)
-    return lambda: launch_flash_backward(grad, q, k, v, out, lse, causal=causal, scale=scale, **configs)
+def launcher(variant: Variant, inputs: Inputs) -> Callable[[], list[Tensor]]:
+    """A call of the variant; the backward partner runs as it ships."""
+    call = KERNELS[variant.kernel].prepare(inputs)
+    return lambda: call(variant.config, None)
 
 
 def material(batch: int, heads: int, tokens: int, head_dim: int) -> list[Tensor]:
@@ -173,27 +153,17 @@ def error(variant: Variant) -> float:
     Raises:
         AssertionError: beyond the budget.
     """
+    kernel, worst = KERNELS[variant.kernel], 0.0
     sparse = variant.kernel.startswith("sparse")
-    worst = 0.0
     cases = [(25, 13, True), (32, 32, True)] if sparse else [(333, 1, True), (333, 1, False), (1024, 1, True)]
     for height, width, causal in cases:
         tensors = material(1, 2, height * width, variant.head_dim)
-        layout = layouts.local2d(height, width, 7) if sparse else None
-        groups = [] if layout is None else [(layout.key, range(2))]
-        ours = launcher(variant, tensors, causal, groups)()
-        mask = None if layout is None else layout.dense_mask(tensors[0].device)
-
-        def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask, causal: bool = causal) -> Tensor:
-            return attention_reference(q, k, v, causal=causal and mask is None, mask=mask)[0]
-
-        results = []
-        for dtype in (torch.float64, torch.bfloat16):
-            result = testing.attention_result(oracle, [x.to(dtype) for x in tensors[:3]], tensors[3].to(dtype))
-            results.append([result.out] if len(ours) == 1 else [result.dq, result.dk, result.dv])
+        inputs = Inputs(tuple(tensors), {"layout": layouts.local2d(height, width, 7)} if sparse else {"causal": causal})
+        ours, exact, eager = launcher(variant, inputs)(), kernel.truth(inputs.to(torch.float64)), kernel.truth(inputs)
         floor = 8 * float(tensors[3].abs().max())
-        for mine, exact, eager in zip(ours, *results, strict=True):
-            share = testing.error_ratio(mine, exact, eager, factor=2 if len(ours) == 1 else 3, floor=floor)
-            worst = max(worst, share)
+        factor = testing.GRADIENT_FACTOR if kernel.backward else testing.OUTPUT_FACTOR
+        for mine, true, low in zip(ours, exact, eager, strict=True):
+            worst = max(worst, testing.error_ratio(mine, true, low, factor=factor, floor=floor))
     return worst
 
 
@@ -310,14 +280,14 @@ def time_variant(variant: Variant, repeats: int) -> Iterator[dict[str, object]]:
     part = variant.kernel.rsplit("_", 1)[1]
     if not variant.kernel.startswith("sparse"):
         tensors = material(1, HEADS, TOKENS, variant.head_dim)
-        run = launcher(variant, tensors, True, [])
+        run = launcher(variant, Inputs(tuple(tensors), {"causal": True}))
         flops = PRODUCTS[part] * HEADS * variant.head_dim * TOKENS * (TOKENS + 1) / 2
         yield {"tokens": TOKENS, "heads": HEADS, "layout": "causal"} | timed(variant, run, flops, repeats, tensors)
         return
     for radius in RADII:
         layout = layouts.local2d(SIDE, SIDE, radius)
         tensors = material(2, SPARSE_HEADS // 2, SIDE * SIDE, variant.head_dim)
-        run = launcher(variant, tensors, True, [(layout.key, range(SPARSE_HEADS // 2))])
+        run = launcher(variant, Inputs(tuple(tensors), {"layout": layout}))
         flops = PRODUCTS[part] * SPARSE_HEADS * variant.head_dim * layout.pairs
         row = {"tokens": SIDE * SIDE, "heads": SPARSE_HEADS, "layout": f"local2d:{radius}"}
         yield row | timed(variant, run, flops, repeats, tensors)
@@ -329,7 +299,7 @@ def timed(
     """Time of the variant's own kernel alone."""
     if variant.kernel.endswith("forward"):
         return columns(times(run, repeats), flops)
-    from igpt_kernels._triton.flash_backward import launch_flash_delta
+    from igpt_kernels._triton.attention_backward import launch_flash_delta
 
     with only(variant.kernel, launch_flash_delta(tensors[3], tensors[0])):  # of the size of delta; q stands for the output
         return columns(times(run, repeats), flops)
@@ -337,7 +307,7 @@ def timed(
 
 def machine_row() -> dict[str, object]:
     """What this GPU reaches now: a bfloat16 product, a copy, reading 32 MiB that lie in the L2 cache; and its clock."""
-    from benchmarks import machine
+    from benchmarks.measure import machine
 
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = times(lambda: a @ b, 10)
@@ -408,17 +378,17 @@ def decoding() -> Iterator[dict[str, object]]:
 
 def row_kernels() -> Iterator[dict[str, object]]:
     """Norm, activation and loss at Image GPT's widths: what ships and what the tuner would try first."""
-    from benchmarks import tune_rows
-
     sizes = {"rms_norm": (512, 1024, 1536), "quick_gelu": (2048, 6144), "cross_entropy": (512,)}
-    for kernel in tune_rows.KERNELS:
-        name = kernel.rsplit("_", 1)[0]
+    for kernel in (name for name in KERNELS if name.rsplit("_", 1)[0] in sizes):
+        name, entry = kernel.rsplit("_", 1)[0], KERNELS[kernel]
         for size in sizes[name]:
-            tensors = tune_rows.material(kernel, size, torch.bfloat16)
-            few = tune_rows.some(kernel, tensors, 500)
-            exact = tune_rows.truth(kernel, [x.double() if x.is_floating_point() else x for x in few])
-            eager = tune_rows.truth(kernel, few)
-            check_run, run = tune_rows.runner(kernel, few), tune_rows.runner(kernel, tensors)
+            few, inputs = (
+                entry.operation.inputs(size, rows, torch.bfloat16, DEVICE, 0) for rows in (500, entry.operation.timed_rows)
+            )
+            exact, eager = entry.truth(few.to(torch.float64)), entry.truth(few)
+            check_run, run = entry.prepare(few), entry.prepare(inputs)
+            rows, values = entry.operation.timed_rows, inputs.tensors[0]
+            assert values is not None
             shipped = tuning.lookup(kernel, dtype=torch.bfloat16, head_dim=size, device=torch.device("cuda", 0))
             for config in dict.fromkeys([shipped, *row_candidates(kernel, shipped)]):
                 row: dict[str, object] = {"kind": "time", "kernel": kernel, "size": size, **asdict(config)}
@@ -433,10 +403,10 @@ def row_kernels() -> Iterator[dict[str, object]]:
                 samples = graph_times(partial(run, config, config))
                 flops, read = None, None
                 if name == "cross_entropy":
-                    flops = 2.0 * tune_rows.ROWS * tune_rows.WIDTH * size * (1 if kernel.endswith("forward") else 3)
+                    flops = 2.0 * rows * LOSS_WIDTH * size * (1 if kernel.endswith("forward") else 3)
                 else:
-                    read = tensors[0].numel() * 2.0 * (2 if kernel.endswith("forward") else 3)
-                row |= {"error_share": round(max(shares), 4), "rows": tune_rows.ROWS}
+                    read = values.numel() * 2.0 * (2 if kernel.endswith("forward") else 3)
+                row |= {"error_share": round(max(shares), 4), "rows": rows}
                 yield row | columns(samples, flops, read)
 
 

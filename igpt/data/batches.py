@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from igpt.data.folder import FolderSource
 from igpt.data.orders import order
-from igpt.data.source import FolderSource, Source
+from igpt.data.source import Source
 from igpt.data.tokens import check_tokens
 from igpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from igpt.palette import Palette
+    from igpt.palette.palette import Palette
 
 # Tokens of all images are kept once computed when they need no more than this: 524,288 images of 32 x 32 at one byte.
 CACHE_BYTES = 512 * 1024 * 1024

@@ -11,12 +11,17 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.data.files import reason, regular_size
+from igpt.data.array import ArraySource
 from igpt.errors import DataError
+from igpt.files import describe, regular_size
+
+if TYPE_CHECKING:
+    from igpt.data.open import Request
 
 _PIXEL_BYTES = 3 * 32 * 32
 _MAX_NAMES_BYTES = 65536
@@ -70,6 +75,13 @@ CIFAR100 = CifarFormat(
     archive="cifar-100-binary.tar.gz",
     python_signs=("cifar-100-python", "cifar-100-python.tar.gz", "train", "test", "meta"),
 )
+
+
+def open_cifar(request: Request) -> ArraySource:
+    """The archive at the request's path; "val" is its test part."""
+    form = CIFAR10 if request.scheme == "cifar10" else CIFAR100
+    pixels, labels, classes = load_cifar(form, request.path, request.split)
+    return ArraySource(request.spec, pixels, labels, classes, request.height, request.width)
 
 
 def load_cifar(form: CifarFormat, path: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
@@ -156,7 +168,7 @@ def _from_folder(form: CifarFormat, folder: Path, wanted: tuple[str, ...]) -> di
         if names.is_file() and names.stat().st_size <= _MAX_NAMES_BYTES:
             files[form.names] = (str(names), names.read_bytes())
     except OSError as error:
-        raise DataError(f"{form.name}: {folder} cannot be read ({reason(error)})") from error
+        raise DataError(f"{form.name}: {folder} cannot be read ({describe(error)})") from error
     return files
 
 
@@ -193,7 +205,7 @@ def _from_archive(form: CifarFormat, path: Path, wanted: tuple[str, ...]) -> dic
     except DataError:
         raise
     except Exception as error:  # tarfile lets EOFError, zlib.error, OSError, ValueError and its own errors through
-        raise DataError(f"{path}: not a readable .tar.gz archive ({reason(error)})") from error
+        raise DataError(f"{path}: not a readable .tar.gz archive ({describe(error)})") from error
     missing = [name for name in wanted if name not in files]
     if missing and any(name in form.python_signs for name in seen):
         raise _python_version(form, path)

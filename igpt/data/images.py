@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from igpt.data.files import reason, regular_size
 from igpt.errors import DataError
+from igpt.files import describe, regular_size
 
 # Pillow warns above this many pixels and refuses above twice as many; the second number bounds our own option.
 MAX_PIXELS = 89_478_485
@@ -96,7 +96,7 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: not a readable picture ({reason(error)})") from error
+        raise DataError(f"{path}: not a readable picture ({describe(error)})") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -117,7 +117,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def fit(picture: Image.Image, height: int, width: int, crop: np.random.Generator | None = None) -> NDArray[np.uint8]:
+def crop_and_resize(
+    picture: Image.Image, height: int, width: int, crop: np.random.Generator | None = None
+) -> NDArray[np.uint8]:
     """Crop and reduce an RGB picture to uint8 [height, width, 3].
 
     For a square target this is the paper's recipe (Chen et al. 2020, section 3.2): the shorter side is reduced to 224,

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import importlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from igpt.data.cifar import CIFAR10, CIFAR100, load_cifar
-from igpt.data.files import reason
-from igpt.data.images import MAX_PIXELS, PILLOW_REFUSES, SUFFIXES, read_picture
+from igpt.data import sources
+from igpt.data.images import MAX_PIXELS, PILLOW_REFUSES, SUFFIXES
 from igpt.data.orders import split_indices
-from igpt.data.source import ArraySource, FolderSource, Source
-from igpt.data.tokens import TokenSource
-from igpt.errors import ConfigError, DataError, need
+from igpt.errors import ConfigError
 
-_KNOWN = "digits, photos:DIR, folder:DIR, cifar10:DIR, cifar100:DIR, tokens:FILE.npy, or a picture file"
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from igpt.data.source import Source
+
 _MAX_SIDE = 4096
-# A picture without a wanted size is taken as it is up to this side: 256 x 256 = 65,536 tokens.
-_MAX_OWN_SIDE = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `open_source` was asked for, checked; for the openers of the table.
+
+    Attributes:
+        scheme: the word before the colon.
+        path: what follows it, "~" expanded.
+        others: see `open_source`.
+    """
+
+    spec: str
+    scheme: str
+    path: Path
+    height: int | None
+    width: int | None
+    split: str
+    val_fraction: float
+    seed: int
+    augment: bool
+    bad_images: str
+    max_bad: int
+    max_pixels: int
+
+    def chosen(self, count: int) -> NDArray[np.int64]:
+        """The images of the split, of `count` in all."""
+        return split_indices(count, self.split, self.val_fraction, self.seed)
 
 
 def open_source(
@@ -38,10 +64,10 @@ def open_source(
 ) -> Source:
     """Open a data set by name.
 
-    ``digits``: scikit-learn's 1,797 real 8 x 8 digits, grey 0..255 as RGB. ``photos:DIR``: all pictures below a folder, or one
-    picture file (the bare path of a picture works too). ``folder:DIR``: the same, where every picture lies in a sub-folder of
-    DIR the sub-folders are the classes. ``cifar10:DIR``, ``cifar100:DIR``: the binary archive, unpacked or not; "train" and
-    "val" are its own train and test parts. ``tokens:FILE.npy``: rows written by `igpt tokenize`.
+    `igpt.data.sources.SOURCES` lists the names. ``digits`` is scikit-learn's, grey 0..255 as RGB. ``photos:DIR`` takes one
+    picture file too, and so does the bare path of a picture. In ``folder:DIR``, where every picture lies in a sub-folder, the
+    sub-folders are the classes. ``cifar10:DIR`` and ``cifar100:DIR`` name the binary archive, unpacked or not; "train" and
+    "val" are its own train and test parts.
 
     Pictures come in the order of their relative paths; hidden files, and names without a picture's suffix, are left out.
     Splits are a pure function of (number of images, seed, val_fraction).
@@ -50,7 +76,7 @@ def open_source(
         spec: the name.
         height, width: size of the images, both or neither. Neither takes the source's own: 8 x 8 for digits, 32 x 32 for
             CIFAR, the first picture's in a folder if no side exceeds 256 (then a picture of another size counts as damaged).
-            Pictures are cut to shape and resized as `igpt.data.images.fit` says.
+            Pictures are cut to shape and resized as `igpt.data.images.crop_and_resize` says.
         split: "train", "val" (the images held out) or "all".
         val_fraction: share held out, in [0, 1). CIFAR holds out its test part instead.
         seed: of the split.
@@ -67,49 +93,18 @@ def open_source(
     """
     _check_options(height, width, augment, bad_images, max_bad, max_pixels)
     split_indices(2, split, val_fraction, seed)
-    scheme, separator, rest = spec.partition(":")
-    if spec == "digits":
-        if augment:
-            raise ConfigError("augment cuts random parts out of photographs; digits has none")
-        pixels, labels, classes = _digits()
-        chosen = split_indices(len(pixels), split, val_fraction, seed)
-        return ArraySource(spec, pixels[chosen], labels[chosen], classes, height, width)
-    if scheme in ("cifar10", "cifar100") and rest:
-        if augment:
-            raise ConfigError(f"augment cuts random parts out of photographs; {scheme} has none")
-        form = CIFAR10 if scheme == "cifar10" else CIFAR100
-        pixels, labels, classes = load_cifar(form, Path(rest).expanduser(), split)
-        return ArraySource(spec, pixels, labels, classes, height, width)
-    if scheme == "tokens" and rest:
-        if augment:
-            raise ConfigError("augment needs pictures; a token file has none")
-        source = TokenSource(spec, Path(rest).expanduser(), height, width)
-        source.restrict(split_indices(len(source), split, val_fraction, seed))
-        return source
-    if scheme in ("photos", "folder") and rest:
-        paths, folder_labels, classes = _pictures(spec, Path(rest).expanduser(), by_class=scheme == "folder")
-    elif Path(spec).suffix.lower() in SUFFIXES and Path(spec).expanduser().is_file():
-        paths, folder_labels, classes = [Path(spec).expanduser()], None, ()
-    else:
-        raise ConfigError(_unknown(spec, scheme, separator))
-    chosen = split_indices(len(paths), split, val_fraction, seed)
-    like = None
-    if height is None or width is None:
-        # By the first of all pictures, not of this split: the splits of one folder must agree.
-        height, width, like = _own_size(spec, paths, max_pixels, max_bad if bad_images == "skip" else 0)
-    return FolderSource(
-        spec,
-        [paths[i] for i in chosen],
-        None if folder_labels is None else folder_labels[chosen],
-        classes,
-        height,
-        width,
-        like=like,
-        augment=augment,
-        bad_images=bad_images,
-        max_bad=max_bad,
-        max_pixels=max_pixels,
-    )
+    kind, (scheme, _, rest) = sources.find(spec), spec.partition(":")
+    if kind is None and Path(spec).suffix.lower() in SUFFIXES and Path(spec).expanduser().is_file():
+        kind, scheme, rest = sources.find(f"photos:{spec}"), "photos", spec
+    if kind is None:
+        raise ConfigError(_unknown(spec))
+    if augment and not kind.crops:
+        raise ConfigError(f"augment cuts random parts out of photographs; {scheme} has none")
+    module, _, function = kind.opener.partition(":")
+    path = Path(rest).expanduser()
+    request = Request(spec, scheme, path, height, width, split, val_fraction, seed, augment, bad_images, max_bad, max_pixels)
+    source: Source = getattr(importlib.import_module(module), function)(request)
+    return source
 
 
 def _check_options(
@@ -128,89 +123,13 @@ def _check_options(
         raise ConfigError(f"max_pixels must be from 1 to {PILLOW_REFUSES} (where Pillow refuses), got {max_pixels}")
 
 
-def _unknown(spec: str, scheme: str, separator: str) -> str:
+def _unknown(spec: str) -> str:
+    scheme, separator, _ = spec.partition(":")
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         return f"{spec!r} is a folder: say photos:{spec} (or folder:{spec} with class sub-folders)"
     if path.suffix == ".npy" and path.is_file():
         return f"{spec!r} is an array: say tokens:{spec} if its rows are tokens"
-    if scheme in ("photos", "folder", "cifar10", "cifar100", "tokens"):
+    if any(kind.scheme == scheme and kind.path for kind in sources.SOURCES):
         return f"{spec!r} lacks a path: {scheme}:PATH" if separator else f"{spec!r} needs a path: {scheme}:PATH"
-    return f"unknown data source {spec!r}; known are {_KNOWN}"
-
-
-def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
-    digits = need("sklearn.datasets", "eval").load_digits()
-    grey = np.rint(np.asarray(digits.images) * (255.0 / 16.0)).astype(np.uint8)
-    pixels = np.repeat(grey[..., None], 3, axis=3)
-    return pixels, np.asarray(digits.target, dtype=np.int64), tuple(str(name) for name in digits.target_names)
-
-
-def _pictures(spec: str, root: Path, *, by_class: bool) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...]]:
-    if root.is_file():
-        return [root], None, ()
-    if not root.is_dir():
-        raise DataError(f"{spec}: no such folder or file")
-    found = sorted(_walk(root))
-    if not found:
-        raise DataError(f"{spec}: no pictures in it (names ending in {' '.join(sorted(SUFFIXES))})")
-    paths = [root / name for name in found]
-    if not by_class:
-        return paths, None, ()
-    tops = [name.partition("/")[0] if "/" in name else "" for name in found]
-    beside = [name for name, top in zip(found, tops, strict=True) if not top]
-    if len(beside) == len(found):
-        return paths, None, ()
-    if beside:
-        raise DataError(
-            f"{spec}: {len(beside)} picture(s) lie beside the class folders, the first is {root / beside[0]}; "
-            f"move them, or say photos:{root} to do without classes"
-        )
-    classes = tuple(sorted(set(tops)))
-    number = {name: i for i, name in enumerate(classes)}
-    return paths, np.array([number[top] for top in tops], dtype=np.int64), classes
-
-
-def _own_size(spec: str, paths: list[Path], max_pixels: int, max_bad: int) -> tuple[int, int, Path]:
-    """Height and width of the first readable picture, and its path; more than `max_bad` damaged ones before it are an error."""
-    for damaged, path in enumerate(paths):
-        try:
-            picture = read_picture(path, max_pixels=max_pixels)
-        except DataError as error:
-            if damaged >= max_bad:
-                raise
-            if path == paths[-1]:
-                raise DataError(f"{spec}: none of its {len(paths)} pictures can be read; the last: {error}") from error
-            continue
-        if max(picture.size) <= _MAX_OWN_SIDE:
-            return picture.height, picture.width, path
-        raise ConfigError(
-            f"{spec} needs a height and width: its first picture has {picture.height} x {picture.width} pixels, "
-            f"and only pictures up to {_MAX_OWN_SIDE} are taken at their own size"
-        )
-    raise DataError(f"{spec}: no pictures")
-
-
-def _walk(root: Path) -> list[str]:
-    """Relative paths with "/" of all pictures. Links are followed, but no folder is entered twice: links can form a ring."""
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for folder, below, names in os.walk(root, followlinks=True, onerror=_refuse(root)):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                found.append((relative / name).as_posix())
-    return found
-
-
-def _refuse(root: Path) -> Callable[[OSError], None]:
-    def stop(error: OSError) -> None:
-        raise DataError(f"{root}: {error.filename} cannot be read ({reason(error)})") from error
-
-    return stop
+    return f"unknown data source {spec!r}; known are {sources.forms()}, or a picture file"

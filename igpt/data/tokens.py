@@ -14,14 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from igpt.data.files import open_npy, read_json
 from igpt.data.source import Source
 from igpt.errors import ConfigError, DataError
+from igpt.files import open_npy, read_json
 
 if TYPE_CHECKING:
-    from igpt.palette import Palette
+    from igpt.data.open import Request
+    from igpt.palette.palette import Palette
 
 _SCAN_BYTES = 64 * 1024 * 1024
+
+
+def open_tokens(request: Request) -> TokenSource:
+    """The token file at the request's path."""
+    source = TokenSource(request.spec, request.path, request.height, request.width)
+    source.restrict(request.chosen(len(source)))
+    return source
 
 
 def sidecar_paths(path: Path) -> tuple[Path, Path]:
@@ -103,7 +111,7 @@ class TokenSource(Source):
         """The palette stored beside the tokens, read anew each time."""
         if not self._has_palette:
             return None
-        from igpt.palette import Palette
+        from igpt.palette.palette import Palette
 
         return Palette.from_pretrained(sidecar_paths(self._path)[0])
 

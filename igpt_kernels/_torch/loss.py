@@ -1,13 +1,15 @@
 """Cross-entropy of a linear layer by torch, some rows at a time, so that the logits of no more than those are in memory.
 
-Where one number is differentiated, the sum, the gradients are made in the forward pass, while the logits are at hand, and
-multiplied by the number's own gradient in the backward pass. That takes three products instead of four.
+When only the summed loss is differentiated, gradients are computed in the forward pass, while the logits are in memory. The
+backward pass multiplies them by the sum's own gradient. That takes three products instead of four.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from igpt_kernels.tensors import accumulation_dtype
 
 
 def rows_at_once(vocab: int, device: torch.device) -> int:
@@ -19,13 +21,8 @@ def rows_at_once(vocab: int, device: torch.device) -> int:
     return max(64, (1 << (20 if device.type == "cpu" else 23)) // vocab)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums of `dtype` are kept in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in `wide_dtype`, without rounding to half dtypes on the way.
+    """``total += a @ b`` in `accumulation_dtype`, without rounding to half dtypes on the way.
 
     Products write into a tensor, here and below, because those that make one are autocast, whatever calls them.
     """
@@ -36,9 +33,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [R,V] of some rows in `wide_dtype`, which the caller may overwrite."""
+    """Logits [R,V] of some rows in `accumulation_dtype`, which the caller may overwrite."""
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    return torch.mm(hidden, weight.t(), out=out).to(wide_dtype(hidden.dtype))
+    return torch.mm(hidden, weight.t(), out=out).to(accumulation_dtype(hidden.dtype))
 
 
 def _exponentials(logits: Tensor, target: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,10 +71,10 @@ class _Gradients:
         self.need_hidden, self.need_weight = need_hidden, need_weight
         width = hidden.shape[1]
         self.dhidden = hidden.new_empty(hidden.shape[0] if need_hidden else 0, width)
-        self.dweight = weight.new_zeros(weight.shape[0] if need_weight else 0, width, dtype=wide_dtype(weight.dtype))
+        self.dweight = weight.new_zeros(weight.shape[0] if need_weight else 0, width, dtype=accumulation_dtype(weight.dtype))
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
-        """Take in the gradient of the logits of `rows`, in `wide_dtype`."""
+        """Take in the gradient of the logits of `rows`, in `accumulation_dtype`."""
         some = self.hidden[rows]
         if self.need_weight:
             add_product(self.dweight, dlogits.t(), some)
@@ -94,7 +91,7 @@ def cross_entropy_rows(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     """The operator ``igpt_kernels::cross_entropy_rows``: loss and log-sum-exp of each row, [M]."""
-    loss, lse = (hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype)) for _ in range(2))
+    loss, lse = (hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype)) for _ in range(2))
     for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
         logits = _logits(hidden[part], weight)
         loss[part], lse[part], _ = _exponentials(logits, target[part], ignore_index, z_loss)
@@ -132,10 +129,10 @@ def cross_entropy_sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``igpt_kernels::cross_entropy_sum``: the sum of all rows' losses, and its gradients.
 
-    dweight is in `wide_dtype`: what will multiply both is not known yet, and float16 would not hold every sum.
+    dweight is in `accumulation_dtype`: what will multiply both is not known yet, and float16 would not hold every sum.
     """
     gradients = _Gradients(hidden, weight, need_hidden, need_weight)
-    loss = hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype))
+    loss = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
         p = _logits(hidden[part], weight)
         loss[part], lse, sums = _exponentials(p, target[part], ignore_index, z_loss)

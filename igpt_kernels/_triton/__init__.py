@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, about one operation and direction a file. Importing a file of this room needs Triton."""
+"""Triton kernels and their launchers, about one operation and direction a file. Importing one of these modules needs Triton."""

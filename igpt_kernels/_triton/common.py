@@ -16,7 +16,6 @@ from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
 _DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -145,12 +144,6 @@ def heads_in_l2(heads: int, tokens: int, head_dim: int, itemsize: int, cache_byt
     32 MiB is about half of the L2 of an H100 or H200 (50 and 60 MB); the other half serves queries and outputs.
     """
     return max(1, min(heads, cache_bytes // max(1, 2 * tokens * head_dim * itemsize)))
-
-
-def empty_heads(like: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An output [B,H,T,D] laid out as [B,T,H,D], so that joining the heads behind attention is a view."""
-    batch, heads, _, head_dim = like.shape
-    return torch.empty(batch, tokens, heads, head_dim, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

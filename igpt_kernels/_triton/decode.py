@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from igpt_kernels import tuning
-from igpt_kernels._triton.common import LN2, LOG2E, empty_heads, load_part, on_device
+from igpt_kernels._triton.common import LN2, LOG2E, load_part, on_device
+from igpt_kernels.tensors import empty_heads
 
 MAX_SPLITS = 64
 
@@ -23,12 +24,12 @@ MAX_SPLITS = 64
 def finish(m, l, acc):  # noqa: E741
     """Merge independent running softmaxes, one a row: maxima m, sums l, weighted sums acc -> out [WIDTH], lse (natural)."""
     top = tl.max(m, 0)
-    blind = top == float("-inf")
-    weight = tl.math.exp2(m - tl.where(blind, 0.0, top))
+    fully_masked = top == float("-inf")
+    weight = tl.math.exp2(m - tl.where(fully_masked, 0.0, top))
     total = tl.sum(l * weight, 0)
-    total = tl.where(blind, 1.0, total)
+    total = tl.where(fully_masked, 1.0, total)
     out = tl.sum(acc * weight[:, None], 0) / total
-    lse = tl.where(blind, float("-inf"), (top + tl.math.log2(total)) * LN2)
+    lse = tl.where(fully_masked, float("-inf"), (top + tl.math.log2(total)) * LN2)
     return out, lse
 
 
@@ -79,10 +80,10 @@ def _decode_kernel(
     l = tl.zeros([BLOCK_N], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for start in tl.range(first, last, BLOCK_N):
-        at = tl.cast(start, tl.int64)
+        key_offset = tl.cast(start, tl.int64)
         seen = start + slots < last
-        k = load_part(k_base + at * stride_kt, k_offset, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)
-        v = load_part(v_base + at * stride_vt, v_offset, seen, stride_vd, D, 0, WIDTH, True).to(tl.float32)
+        k = load_part(k_base + key_offset * stride_kt, k_offset, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)
+        v = load_part(v_base + key_offset * stride_vt, v_offset, seen, stride_vd, D, 0, WIDTH, True).to(tl.float32)
         m, l, acc = decode_step(q, k, v, seen, m, l, acc)  # noqa: E741
     out, lse = finish(m, l, acc)
     row = head.to(tl.int64) * splits + split
@@ -127,8 +128,8 @@ def launch_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     length: int | Tensor,
-    *,
     scale: float,
+    *,
     config: tuning.Config | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from igpt_kernels import tuning
+from igpt_kernels._triton.attention_backward import key_step, launch_flash_delta
 from igpt_kernels._triton.common import (
     LOG2E,
     accumulate,
-    empty_heads,
     heads_in_l2,
     load_tile,
     on_device,
@@ -26,7 +26,6 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.flash_backward import key_step, launch_flash_delta
 from igpt_kernels._triton.sparse_forward import (
     Group,
     first_token,
@@ -36,6 +35,7 @@ from igpt_kernels._triton.sparse_forward import (
     tile_tokens,
     visible_pairs,
 )
+from igpt_kernels.tensors import empty_heads
 
 
 @triton.jit
@@ -47,29 +47,29 @@ def add_tile(x0, x1, base, row_offset, row_ok, D: tl.constexpr, DA: tl.constexpr
     return x0 + y0, x1
 
 
-@triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "k_rows", "k_cols", "q_cols", "tiles", "group"])
+@triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "k_rows", "k_cols", "q_cols", "tiles", "group"])
 def _sparse_backward_keys_kernel(
-    Q, K, V, Grad, Lse, Delta, DK, DV, BeforeK, BeforeV,  # dk, dv and what was before in memory [B,T,H,D]
+    Q, K, V, Grad, Lse, Delta, DK, DV, PartialDK, PartialDV,  # dk, dv and what was before in memory [B,T,H,D]
     Heads, Ptr, Queries, MaskIds, Masks,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
-    heads, G, H, T, pitch, k_rows, k_cols, q_cols, tiles, group, scale, factor,
+    heads, LAYOUT_HEADS, H, T, pitch, k_rows, k_cols, q_cols, tiles, group, scale, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head; `factor` is the scale in the last part, 1 in those before."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, False)
-    batch = (head // G).to(tl.int64)
-    h = tl.load(Heads + head % G).to(tl.int64)
+    batch = (head // LAYOUT_HEADS).to(tl.int64)
+    h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
     cols, col_ok = tile_tokens(first_token(tile, k_rows, k_cols, pitch), tl.arange(0, BLOCK_N), k_cols, pitch, T)
     slots = tl.arange(0, BLOCK_M)
-    at = cols.to(tl.int64)
+    key_offset = cols.to(tl.int64)
     scale_log2 = scale * LOG2E
 
-    k0, k1 = load_tile(K + batch * stride_kb + h * stride_kh, at * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-    v0, v1 = load_tile(V + batch * stride_vb + h * stride_vh, at * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+    k0, k1 = load_tile(K + batch * stride_kb + h * stride_kh, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+    v0, v1 = load_tile(V + batch * stride_vb + h * stride_vh, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
     base = (batch * T * H + h) * D
     dk0, dk1 = zeros(BLOCK_N, DA, DB)
     dv0, dv1 = zeros(BLOCK_N, DA, DB)
@@ -80,9 +80,9 @@ def _sparse_backward_keys_kernel(
     for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
         token, row_ok = tile_tokens(tl.load(Queries + j), slots, q_cols, pitch, T)
         mask = tl.load(MaskIds + j)
-        there = token.to(tl.int64)
-        q0, q1 = load_tile(q_base, there * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
-        g0, g1 = load_tile(g_base, there * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+        query_offset = token.to(tl.int64)
+        q0, q1 = load_tile(q_base, query_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+        g0, g1 = load_tile(g_base, query_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
         lse = tl.load(Lse + row_base + token, mask=row_ok, other=0.0) * LOG2E
         delta = tl.load(Delta + row_base + token, mask=row_ok, other=0.0)
         visible = visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True)
@@ -90,37 +90,39 @@ def _sparse_backward_keys_kernel(
             q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB, False
         )
 
-    if BeforeK is not None:
-        dk0, dk1 = add_tile(dk0, dk1, BeforeK + base, at * H * D, col_ok, D, DA, DB)
-    store_tile(DK + base, at * H * D, col_ok, dk0 * factor, dk1 * factor, D, DA, DB)
-    if BeforeV is not None:
-        dv0, dv1 = add_tile(dv0, dv1, BeforeV + base, at * H * D, col_ok, D, DA, DB)
-    store_tile(DV + base, at * H * D, col_ok, dv0, dv1, D, DA, DB)
+    if PartialDK is not None:
+        dk0, dk1 = add_tile(dk0, dk1, PartialDK + base, key_offset * H * D, col_ok, D, DA, DB)
+    store_tile(DK + base, key_offset * H * D, col_ok, dk0 * factor, dk1 * factor, D, DA, DB)
+    if PartialDV is not None:
+        dv0, dv1 = add_tile(dv0, dv1, PartialDV + base, key_offset * H * D, col_ok, D, DA, DB)
+    store_tile(DV + base, key_offset * H * D, col_ok, dv0, dv1, D, DA, DB)
 
 
-@triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
+@triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_backward_queries_kernel(
-    Q, K, V, Grad, Lse, Delta, DQ, Before,  # dq and what was before in memory [B,T,H,D]
+    Q, K, V, Grad, Lse, Delta, DQ, PartialDQ,  # dq and what was before in memory [B,T,H,D]
     Heads, Ptr, Keys, MaskIds, Masks,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
-    heads, G, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale, factor,
+    heads, LAYOUT_HEADS, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head; `factor` is the scale in the last part, 1 in those before."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
-    batch = (head // G).to(tl.int64)
-    h = tl.load(Heads + head % G).to(tl.int64)
+    batch = (head // LAYOUT_HEADS).to(tl.int64)
+    h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
     rows, row_ok = tile_tokens(first_token(tile, q_rows, q_cols, pitch), tl.arange(0, BLOCK_M), q_cols, pitch, T)
     slots = tl.arange(0, BLOCK_N)
-    at = rows.to(tl.int64)
+    query_offset = rows.to(tl.int64)
     scale_log2 = scale * LOG2E
 
-    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, at * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
-    g0, g1 = load_tile(Grad + batch * stride_gb + h * stride_gh, at * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, query_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+    g0, g1 = load_tile(
+        Grad + batch * stride_gb + h * stride_gh, query_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True
+    )
     base = (batch * T * H + h) * D
     dq0, dq1 = zeros(BLOCK_M, DA, DB)
     row_base = (batch * H + h) * T
@@ -132,9 +134,9 @@ def _sparse_backward_queries_kernel(
     for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
         token, col_ok = tile_tokens(tl.load(Keys + j), slots, k_cols, pitch, T)
         mask = tl.load(MaskIds + j)
-        there = token.to(tl.int64)
-        k0, k1 = load_tile(k_base, there * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-        v0, v1 = load_tile(v_base, there * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+        key_offset = token.to(tl.int64)
+        k0, k1 = load_tile(k_base, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+        v0, v1 = load_tile(v_base, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
         p = tl.math.exp2(scores(q0, q1, k0, k1, DB) * scale_log2 - lse[:, None])
         if mask >= 0:
             # After the exponential, as in key_step.
@@ -142,9 +144,9 @@ def _sparse_backward_queries_kernel(
         ds = p * (scores(g0, g1, v0, v1, DB) - delta[:, None])
         dq0, dq1 = accumulate(ds, k0, k1, dq0, dq1, DB)
 
-    if Before is not None:
-        dq0, dq1 = add_tile(dq0, dq1, Before + base, at * H * D, row_ok, D, DA, DB)
-    store_tile(DQ + base, at * H * D, row_ok, dq0 * factor, dq1 * factor, D, DA, DB)
+    if PartialDQ is not None:
+        dq0, dq1 = add_tile(dq0, dq1, PartialDQ + base, query_offset * H * D, row_ok, D, DA, DB)
+    store_tile(DQ + base, query_offset * H * D, row_ok, dq0 * factor, dq1 * factor, D, DA, DB)
 
 
 def launch_sparse_backward(
@@ -155,8 +157,8 @@ def launch_sparse_backward(
     out: Tensor,
     lse: Tensor,
     groups: Sequence[Group],
-    *,
     scale: float,
+    *,
     key_config: tuning.Config | None = None,
     query_config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Sparse decoding: one query a sequence, which reads only the keys of a cache that its pattern allows.
 
-The query's row of bits in the lists of `igpt_kernels.blocks` says which; keys without a bit are not loaded. The entries of
+The query's row of bits in the lists of `igpt_kernels.block_lists` says which; keys without a bit are not loaded. The entries of
 each part are split over programs and merged by log-sum-exp, as in `decode`.
 """
 
@@ -13,16 +13,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from igpt_kernels import blocks, tuning
-from igpt_kernels._triton.common import LOG2E, empty_heads, load_part, on_device
+from igpt_kernels import layouts, tuning
+from igpt_kernels._triton.common import LOG2E, load_part, on_device
 from igpt_kernels._triton.decode import _decode_merge_kernel, decode_step, finish, processors
 from igpt_kernels._triton.sparse_forward import Group, head_numbers, tile_tokens
+from igpt_kernels.tensors import empty_heads
 
 MAX_SPLITS = 16
 
 
 @triton.jit(
-    do_not_specialize=["G", "H", "T", "length", "pitch", "q_rows", "q_cols", "k_cols", "block_m", "splits", "slot", "slots"]
+    do_not_specialize=[
+        "LAYOUT_HEADS",
+        "H",
+        "T",
+        "length",
+        "pitch",
+        "q_rows",
+        "q_cols",
+        "k_cols",
+        "block_m",
+        "splits",
+        "slot",
+        "slots",
+    ]
 )
 def _sparse_decode_kernel(
     Q, K, V, Lengths, Out, Lse,  # q [B,H,1,D], k, v [B,H,Tmax,D] of any strides; out [B·H,slots,D], lse [B·H,slots]
@@ -30,14 +44,14 @@ def _sparse_decode_kernel(
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
-    G, H, T, length, pitch, q_rows, q_cols, k_cols, block_m, splits, slot, slots, scale,
+    LAYOUT_HEADS, H, T, length, pitch, q_rows, q_cols, k_cols, block_m, splits, slot, slots, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One split of the entries of one part of one head; its result goes to slot `slot` + split."""
     head = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
-    batch = (head // G).to(tl.int64)
-    h = tl.load(Heads + head % G).to(tl.int64)
+    batch = (head // LAYOUT_HEADS).to(tl.int64)
+    h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
     if Lengths is None:
         n = length
     else:
@@ -69,9 +83,9 @@ def _sparse_decode_kernel(
         word = tl.load(Masks + (mask * block_m + element) * words + cols // 32, mask=(mask >= 0) & (cols >= 0), other=-1)
         token, exists = tile_tokens(tl.load(Keys + j), cols, k_cols, pitch, T)
         seen = exists & (((word >> (cols % 32)) & 1) != 0) & (token < n)
-        there = token.to(tl.int64)
-        k = load_part(k_base, there * stride_kt, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)
-        v = load_part(v_base, there * stride_vt, seen, stride_vd, D, 0, WIDTH, True).to(tl.float32)
+        key_offset = token.to(tl.int64)
+        k = load_part(k_base, key_offset * stride_kt, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)
+        v = load_part(v_base, key_offset * stride_vt, seen, stride_vd, D, 0, WIDTH, True).to(tl.float32)
         m, l, acc = decode_step(q, k, v, seen, m, l, acc)  # noqa: E741
     out, lse = finish(m, l, acc)
     row = (batch * H + h) * slots + slot + split
@@ -85,8 +99,8 @@ def launch_sparse_decode(
     v_cache: Tensor,
     length: int | Tensor,
     groups: Sequence[Group],
-    *,
     scale: float,
+    *,
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch sparse decoding on checked arguments; see `igpt_kernels.decode_attention`.
@@ -118,7 +132,7 @@ def launch_sparse_decode(
     plan = []
     for key, members in groups:
         slot = 0
-        for lists in blocks.block_lists_on(key, config.block_m, config.block_n, q.device):
+        for lists in layouts.lists_on(key, config.block_m, config.block_n, q.device):
             splits = max(1, min(most, lists.longest // 2))
             plan.append((head_numbers(tuple(members), q.device), lists, splits, slot))
             slot += splits

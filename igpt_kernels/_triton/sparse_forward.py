@@ -1,7 +1,7 @@
 """Block-sparse attention, forward: the tiles of keys that a pattern's lists name, gathered from tokens in raster order.
 
-A pattern is one or more disjoint parts (`igpt_kernels.blocks`), each a launch; a later part takes in the output of those before
-by its log-sum-exp. Shapes of tiles, sizes and lists are runtime values: no pattern and no size compiles anew.
+A pattern is one or more disjoint parts (`igpt_kernels.block_lists`), each a launch; a later part takes in the output of those
+before by its log-sum-exp. Shapes of tiles, sizes and lists are runtime values: no pattern and no size compiles anew.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from igpt_kernels import blocks, tuning
+from igpt_kernels import layouts, tuning
 from igpt_kernels._triton.common import (
     LN2,
     LOG2E,
     accumulate,
     dot_dtype,
-    empty_heads,
     heads_in_l2,
     load_tile,
     on_device,
@@ -30,6 +29,8 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
+from igpt_kernels.block_lists import BlockLists
+from igpt_kernels.tensors import empty_heads
 
 
 @triton.jit
@@ -67,28 +68,28 @@ def visible_pairs(Masks, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRA
     return visible
 
 
-@triton.jit(do_not_specialize=["heads", "G", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
+@triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_forward_kernel(
-    Q, K, V, Out, Lse, Before,  # q, k, v [B,H,T,D] of any strides; out, before in memory [B,T,H,D]; lse [B,H,T]
-    Heads, Ptr, Keys, MaskIds, Masks,  # heads [G]; lists of `BlockLists`
+    Q, K, V, Out, Lse, PartialOut,  # q, k, v [B,H,T,D] of any strides; out, before in memory [B,T,H,D]; lse [B,H,T]
+    Heads, Ptr, Keys, MaskIds, Masks,  # heads [LAYOUT_HEADS]; lists of `BlockLists`
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
-    heads, G, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale,
+    heads, LAYOUT_HEADS, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. `Before` is the output of the parts before, `Lse` their lse, then that of all."""
+    """One tile of queries of one head. `PartialOut` is the output of the parts before, `Lse` their lse, then that of all."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
-    batch = (head // G).to(tl.int64)
-    h = tl.load(Heads + head % G).to(tl.int64)
+    batch = (head // LAYOUT_HEADS).to(tl.int64)
+    h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
     slots = tl.arange(0, BLOCK_M)
     rows, row_ok = tile_tokens(first_token(tile, q_rows, q_cols, pitch), slots, q_cols, pitch, T)
     cols = tl.arange(0, BLOCK_N)
     scale_log2 = scale * LOG2E
-    at = rows.to(tl.int64)
+    row_offset = rows.to(tl.int64)
 
-    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, at * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, row_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
     k_base = K + batch * stride_kb + h * stride_kh
     v_base = V + batch * stride_vb + h * stride_vh
     lse_ptrs = Lse + (batch * H + h) * T + rows
@@ -100,9 +101,9 @@ def _sparse_forward_kernel(
     for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
         token, col_ok = tile_tokens(tl.load(Keys + j), cols, k_cols, pitch, T)
         mask = tl.load(MaskIds + j)
-        there = token.to(tl.int64)
-        k0, k1 = load_tile(k_base, there * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-        v0, v1 = load_tile(v_base, there * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+        key_offset = token.to(tl.int64)
+        k0, k1 = load_tile(k_base, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+        v0, v1 = load_tile(v_base, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
         s = scores(q0, q1, k0, k1, DB)
         if mask >= 0:
             s = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, False), s, float("-inf"))
@@ -118,26 +119,26 @@ def _sparse_forward_kernel(
         acc0, acc1 = accumulate(p, v0, v1, acc0, acc1, DB)
         m = m_new
 
-    if Before is not None:
-        # The parts before, with their weight: a softmax with maximum their lse and sum 1. Here and not before the loop,
+    if PartialOut is not None:
+        # Merge earlier parts: treat them as one softmax with max = lse and sum = 1. Here and not before the loop,
         # where their output would hold registers (D = 96 spilled).
-        other = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * LOG2E
-        top = tl.maximum(m, other)
+        partial_lse = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * LOG2E
+        top = tl.maximum(m, partial_lse)
         finite = tl.where(top == float("-inf"), 0.0, top)
-        mine = tl.math.exp2(m - finite)
-        theirs = tl.math.exp2(other - finite)
-        before0, before1 = load_tile(Before + out_offset, at * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
-        acc0 = acc0 * mine[:, None] + before0 * theirs[:, None]
+        weight = tl.math.exp2(m - finite)
+        partial_weight = tl.math.exp2(partial_lse - finite)
+        partial0, partial1 = load_tile(PartialOut + out_offset, row_offset * H * D, row_ok, 1, D, DA, DB, tl.float32, True)
+        acc0 = acc0 * weight[:, None] + partial0 * partial_weight[:, None]
         if DB > 0:
-            acc1 = acc1 * mine[:, None] + before1 * theirs[:, None]
-        l = l * mine + theirs  # noqa: E741
+            acc1 = acc1 * weight[:, None] + partial1 * partial_weight[:, None]
+        l = l * weight + partial_weight  # noqa: E741
         m = top
-    # The sum is 0 only in rows that saw nothing: NaN is not 0, and goes through.
-    blind = l == 0
-    l = tl.where(blind, 1.0, l)  # noqa: E741
-    lse = tl.where(blind, float("-inf"), (m + tl.math.log2(l)) * LN2)
+    # l == 0 exactly for fully masked rows; NaN propagates.
+    fully_masked = l == 0
+    l = tl.where(fully_masked, 1.0, l)  # noqa: E741
+    lse = tl.where(fully_masked, float("-inf"), (m + tl.math.log2(l)) * LN2)
     tl.store(lse_ptrs, lse, mask=row_ok)
-    store_tile(Out + out_offset, at * H * D, row_ok, acc0 / l[:, None], acc1 / l[:, None], D, DA, DB)
+    store_tile(Out + out_offset, row_offset * H * D, row_ok, acc0 / l[:, None], acc1 / l[:, None], D, DA, DB)
 
 
 Group = tuple[str, Sequence[int]]
@@ -152,18 +153,18 @@ def head_numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
 
 def parts_of(
     groups: Sequence[Group], config: tuning.Config, device: torch.device
-) -> Iterator[tuple[Tensor, blocks.BlockLists, bool, bool]]:
+) -> Iterator[tuple[Tensor, BlockLists, bool, bool]]:
     """What is launched: heads, lists, and whether these are the first and the last of these heads."""
     for key, heads in groups:
         numbers = head_numbers(tuple(heads), device)
-        lists = blocks.block_lists_on(key, config.block_m, config.block_n, device)
+        lists = layouts.lists_on(key, config.block_m, config.block_n, device)
         for i, part in enumerate(lists):
             yield numbers, part, i == 0, i == len(lists) - 1
 
 
 def has_parts(groups: Sequence[Group], config: tuning.Config) -> bool:
-    """Whether some layout has several parts, whose sums are kept in float32 in between."""
-    return any(len(blocks.block_lists(key, config.block_m, config.block_n)) > 1 for key, _ in groups)
+    """Whether some layout has several parts, whose sums are kept in float32 in partial_out."""
+    return any(len(layouts.lists_of(key, config.block_m, config.block_n)) > 1 for key, _ in groups)
 
 
 def head_arguments(q: Tensor) -> Mapping[str, object]:
@@ -173,7 +174,7 @@ def head_arguments(q: Tensor) -> Mapping[str, object]:
 
 
 def launch_sparse_forward(
-    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], *, scale: float, config: tuning.Config | None = None
+    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float, *, config: tuning.Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel on checked arguments; see `igpt_kernels.block_sparse_attention`.
 
@@ -195,13 +196,13 @@ def launch_sparse_forward(
         return out, lse
     if config is None:
         config = tuning.lookup("sparse_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
-    between = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
+    partial_out = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
     for numbers, lists, first, last in parts_of(groups, config, q.device):
         rows = batch * len(numbers)
         tiles = len(lists.q_ptr) - 1
         with on_device(q):
             _sparse_forward_kernel[(tiles * rows,)](
-                q, k, v, out if last else between, lse, None if first else between,
+                q, k, v, out if last else partial_out, lse, None if first else partial_out,
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks,
                 *q.stride(), *k.stride(), *v.stride(),
                 rows, len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],

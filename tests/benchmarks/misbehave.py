@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.worker import Order, Send
+from benchmarks.measure.worker import Job, Send
 
 
 def send_and_exit(argument: Any, send: Send) -> None:
@@ -66,7 +66,7 @@ def ok_row(seconds: float) -> dict[str, Any]:
     }
 
 
-def pretend(order: Order, send: Send) -> None:
+def pretend(order: Job, send: Send) -> None:
     """A row a way, a second for a million pixels and more for eager; sizes with a name do what the name says."""
     for way in order.ways:
         send({"way": way, "started": True})

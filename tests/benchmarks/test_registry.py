@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import igpt_kernels
-from benchmarks import registry, timing, worker
-from benchmarks.registry import PLANS, RESOLUTIONS, Case, Selection, operations, plan
-from benchmarks.worker import Order, measure
+from benchmarks import plans, registry
+from benchmarks.measure import timing, worker
+from benchmarks.measure.worker import Job, measure
+from benchmarks.plans import PLANS, Selection, operations, plan
+from benchmarks.registry import RESOLUTIONS, Case
 
 OURS = ("flash", "sparse", "lists", "decode", "ours", "ext", "torch", "kernels")
 COLUMNS = {
@@ -31,9 +33,9 @@ def small(suite: str, op: str, method: str, tokens: int = 64) -> Case:
 
 
 def rows_of(case: Case) -> list[dict[str, Any]]:
-    operation, _ = registry.find(case)
-    ways = tuple(way for way in operation.ways_on("cpu") if not registry.absent(case, way))
-    return [message for message in measure(Order(case, ways, 0.01, 8 << 30)) if "status" in message] if ways else []
+    operation, _ = plans.find(case)
+    ways = tuple(way for way in operation.ways_on("cpu") if not plans.unavailable_reason(case, way))
+    return [message for message in measure(Job(case, ways, 0.01, 8 << 30)) if "status" in message] if ways else []
 
 
 def test_every_public_operation_has_cases_of_ours() -> None:
@@ -62,7 +64,7 @@ def test_plans_hold_what_exists_once_and_peers_first(device: str, mode: str) -> 
     assert {case.suite for case in cases} == set(registry.SUITES)
     for case in cases:
         assert Case.of({**case.__dict__, "more": 1}) == case
-        registry.find(case)
+        plans.find(case)
     order = {case.key: place for place, case in enumerate(cases)}
     for case in cases:
         eager = replace(case, method="eager").key
@@ -87,6 +89,7 @@ def test_a_plan_refuses_nothing_that_is_named() -> None:
     assert {case.op for case in plan(Selection("cpu", suites=("sparse",), ops=("fixed",), presets=("S",)))} == {"fixed"}
 
 
+@pytest.mark.slow
 def test_a_users_own_shape() -> None:
     cases = list(plan(Selection("cpu", suites=("attention", "decode"), shape=(2, 3, 77, 24))))
     assert {case.shape for case in cases} == {"2x3x77x24"}
@@ -94,6 +97,7 @@ def test_a_users_own_shape() -> None:
     assert [row["status"] for case in cases if case.method in ("flash", "decode") for row in rows_of(case)] == ["ok"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "op", "method"),
     [
@@ -107,8 +111,8 @@ def test_every_method_agrees_with_the_oracle_and_is_timed(suite: str, op: str, m
     case = small(suite, op, method, tokens=1 if op == "table" else 64)
     rows = rows_of(case)
     if not rows:
-        operation, _ = registry.find(case)
-        assert all("not in this version" in registry.absent(case, way) for way in operation.ways_on("cpu"))
+        operation, _ = plans.find(case)
+        assert all("not in this version" in plans.unavailable_reason(case, way) for way in operation.ways_on("cpu"))
         return
     for row in rows:
         assert row["status"] == "ok", row["reason"]
@@ -135,6 +139,7 @@ def wrong_gradient(real: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **options: _WrongGradient.apply(real(*args, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breakage", [wrong_output, wrong_gradient])
 @pytest.mark.parametrize(
     ("suite", "op", "method", "name"),
@@ -148,7 +153,7 @@ def test_a_wrong_kernel_is_a_row_and_is_not_timed(
     breakage: Callable[..., Any], suite: str, op: str, method: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if breakage is wrong_gradient and suite == "decode":
-        return  # nobody asks for its gradient
+        return  # its gradient is not asked for
     monkeypatch.setattr(igpt_kernels, name, breakage(getattr(igpt_kernels, name)), raising=False)
     monkeypatch.setattr(timing, "measure", lambda *args: pytest.fail("timed"))
     rows = rows_of(small(suite, op, method))
@@ -164,7 +169,7 @@ def test_where_the_forward_pass_alone_is_timed_its_output_is_checked(monkeypatch
     real = igpt_kernels.flash_attention
 
     def rows() -> list[dict[str, Any]]:
-        return [row for row in measure(Order(case, ("forward",), 0.05, 1 << 34)) if "status" in row]
+        return [row for row in measure(Job(case, ("forward",), 0.05, 1 << 34)) if "status" in row]
 
     monkeypatch.setattr(igpt_kernels, "flash_attention", wrong_gradient(real))
     assert [row["status"] for row in rows()] == ["ok"]
@@ -175,7 +180,7 @@ def test_where_the_forward_pass_alone_is_timed_its_output_is_checked(monkeypatch
 @pytest.mark.parametrize("breakage", [wrong_output, wrong_gradient])
 @pytest.mark.parametrize("name", ["rms_norm", "quick_gelu", "linear_cross_entropy"])
 def test_a_wrong_fused_operation_is_refused(name: str, breakage: Callable[..., Any]) -> None:
-    operation, method = registry.find(small("fused", name, "eager"))
+    operation, method = plans.find(small("fused", name, "eager"))
     case = small("fused", name, "eager", tokens=256)
     right = method.make(case)
     assert operation.verify(case, right) <= 1
@@ -184,22 +189,23 @@ def test_a_wrong_fused_operation_is_refused(name: str, breakage: Callable[..., A
 
 
 def test_a_wrong_model_and_a_wrong_lookup_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import cases_palette
-    from igpt import model
+    from benchmarks.cases import palette
+    from igpt.model import image_gpt
 
-    real = cases_palette.palette_lookup
-    monkeypatch.setattr(cases_palette, "palette_lookup", lambda *args, **options: real(*args, **options) ^ 1)
-    monkeypatch.setattr(model, "flash_attention", wrong_gradient(model.flash_attention))
+    real = palette.palette_lookup
+    monkeypatch.setattr(palette, "palette_lookup", lambda *args, **options: real(*args, **options) ^ 1)
+    monkeypatch.setattr(image_gpt, "flash_attention", wrong_gradient(image_gpt.flash_attention))
     for case in (small("palette", "lookup", "ext"), small("palette", "lookup", "torch"), small("train", "step", "kernels")):
         assert [row["status"] for row in rows_of(case)] == ["error"]
 
 
+@pytest.mark.slow
 def test_large_images_are_checked_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import cases_attention
+    from benchmarks.cases import attention
 
-    assert [run.start for run in cases_attention.runs_of_rows(1000)] == [0, 512]
-    monkeypatch.setattr(cases_attention, "CHECKED", 64 * 16)
-    runs = cases_attention.runs_of_rows(64)
+    assert [run.start for run in attention.runs_of_rows(1000)] == [0, 512]
+    monkeypatch.setattr(attention, "CHECKED", 64 * 16)
+    runs = attention.runs_of_rows(64)
     assert len(runs) == 8
     assert runs[0].start == 0
     assert runs[-1].stop == 64

@@ -20,9 +20,9 @@ def loss_curve() -> dict[str, Any]:
     """Losses of 30 steps on the real digits."""
     import torch
 
-    from igpt.config import PretrainOptions
     from igpt.machine import versions
-    from igpt.train import pretrain
+    from igpt.training.options import PretrainOptions
+    from igpt.training.pretrain import pretrain
 
     options: dict[str, Any] = {"source": "digits", "palette": "uniform:27", "n_layer": 2, "n_head": 2, "n_embd": 32}
     options |= {"steps": 30, "batch_size": 16, "lr": 0.003, "warmup": 5, "clip": 1.0, "weight_decay": 0.01, "log_every": 1}

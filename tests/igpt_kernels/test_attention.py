@@ -10,8 +10,9 @@ import torch
 
 from igpt_kernels import backends, reference
 from igpt_kernels.attention import decode_attention, flash_attention
+from tests import kit
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = kit.DTYPES
 
 
 def inputs(queries: int, keys: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
@@ -24,24 +25,12 @@ def inputs(queries: int, keys: int, head_dim: int, dtype: torch.dtype, seed: int
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 65), (31, 31), (63, 63), (64, 64), (7, 65), (65, 7), (257, 257)])
 def test_error_is_within_the_budget_of_eager(queries: int, keys: int, causal: bool, dtype: torch.dtype) -> None:
-    q, k, v = inputs(queries, keys, 24, dtype)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    eager = [x.clone().requires_grad_() for x in (q, k, v)]
-    truth = [x.double().requires_grad_() for x in (q, k, v)]
-    ours = flash_attention(*leaves, causal=causal)
-    low, _ = reference.attention_reference(*eager, causal=causal)
-    exact, _ = reference.attention_reference(*truth, causal=causal)
-    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
-    for out, grad in ((ours, upstream), (low, upstream), (exact, upstream.double())):
-        out.backward(grad)
-    rounding = torch.finfo(dtype).eps
-    assert torch.isfinite(ours).all()
-    budget = 2 * (low - exact).abs().max() + rounding * exact.abs().max()
-    assert (ours - exact).abs().max() <= budget
-    for mine, theirs, true in zip(leaves, eager, truth, strict=True):
-        assert mine.grad is not None
-        budget = 3 * (theirs.grad - true.grad).abs().max() + rounding * true.grad.abs().max()
-        assert (mine.grad - true.grad).abs().max() <= budget
+    kit.compare_attention(
+        lambda q, k, v: flash_attention(q, k, v, causal=causal),
+        inputs(queries, keys, 24, dtype),
+        causal=causal,
+        scale=1 / math.sqrt(24),
+    )
 
 
 def test_a_single_key_is_copied() -> None:
@@ -151,15 +140,16 @@ def test_bad_arguments_are_named(change: object, error: type[Exception], message
 
 
 def test_a_square_beyond_free_memory_raises_instead_of_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+    from igpt_kernels import memory
     from igpt_kernels._torch import attention as implementation
 
-    monkeypatch.setattr(implementation, "free_memory", lambda device: 100)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100)
     q, k, v = inputs(5, 9, 8, torch.float32)
     with pytest.raises(MemoryError, match="5 x 9 mask"):
         implementation.flash_attention(q, k, v, causal=True, scale=1.0)
     expected = flash_attention(q, k, v, backend="reference")
     torch.testing.assert_close(flash_attention(q, k, v), expected)
-    monkeypatch.setitem(backends.CAPABILITIES, "flash_attention", backends.CAPABILITIES["flash_attention"][2:])
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "flash_attention", backends.IMPLEMENTATIONS["flash_attention"][2:])
     with pytest.raises(MemoryError, match="5 x 9 scores"):
         flash_attention(q, k, v)
     torch.testing.assert_close(flash_attention(q, k, v, backend="reference"), expected)
@@ -168,6 +158,7 @@ def test_a_square_beyond_free_memory_raises_instead_of_dying(monkeypatch: pytest
 def test_scaled_dot_product_attention_agrees_with_the_operator() -> None:
     """The path of devices without an operator of ours, which this machine may not have."""
     from igpt_kernels._torch import attention as implementation
+    from igpt_kernels._torch import decode
 
     for queries, keys in [(9, 9), (5, 9), (9, 5), (1, 9), (3, 0)]:
         q, k, v = inputs(queries, keys, 8, torch.float64)
@@ -176,7 +167,7 @@ def test_scaled_dot_product_attention_agrees_with_the_operator() -> None:
             torch.testing.assert_close(out, flash_attention(q, k, v, causal=causal, scale=0.3))
     q, k, v = inputs(1, 9, 8, torch.float64)
     for length in (0, 4, 9, torch.tensor([0, 7])):
-        out = implementation.decode_attention(q, k, v, length, scale=0.3)
+        out = decode.decode_attention(q, k, v, length, scale=0.3)
         torch.testing.assert_close(out, decode_attention(q, k, v, length, scale=0.3))
 
 
@@ -193,15 +184,6 @@ def test_explain_gives_reasons_and_choose_obeys() -> None:
         backends.choose("auto", table, "flash_attention")
     with pytest.raises(ValueError, match="op must be one of"):
         backends.explain("sparkle", dtype=torch.float32, device="cpu", head_dim=64)
-    only = backends.Capability("gpu", (torch.float32,), devices=("cuda",))
-    backends.CAPABILITIES["probe"] = (only, backends.Capability("any", (torch.float32,)))
-    try:
-        table = backends.explain("probe", dtype=torch.float32, device="cpu", head_dim=64)
-        assert backends.choose("auto", table, "probe") == "any"
-        with pytest.raises(backends.BackendUnavailable, match="device cpu is not one of cuda"):
-            backends.choose("gpu", table, "probe")
-    finally:
-        del backends.CAPABILITIES["probe"]
 
 
 def test_an_old_gpu_or_no_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import layouts
-from igpt_kernels.blocks import FULL, BlockLists, block_lists, fit_tile
+from igpt_kernels.block_lists import FULL, BlockLists, fit_tile
 from igpt_kernels.layouts import SparseLayout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,7 @@ RULES: dict[str, Rule] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 3), (5, 8)])
 @pytest.mark.parametrize("text", RULES)
@@ -110,6 +112,7 @@ def check_lists(layout: SparseLayout, block_m: int, block_n: int) -> None:
     assert torch.equal(layout.keys_of(query), dense[query].nonzero()[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("text", TEXTS)
@@ -156,7 +159,7 @@ def test_lists_of_an_image_of_65536_tokens_are_small() -> None:
     """No T x T tensor on the way: that would be 4 GiB."""
     for text in ("local2d:7", "row_column", "strided", "fixed", "local2d:7+column"):
         layout = layouts.parse(text, 256, 256)
-        block_lists.cache_clear()
+        layouts.lists_of.cache_clear()
         tracemalloc.start()
         lists = layout.block_lists()
         peak = tracemalloc.get_traced_memory()[1]
@@ -286,3 +289,43 @@ def test_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(kind, match=words):
             call()
+
+
+def test_registries_do_not_grow_without_bound() -> None:
+    held = layouts.local2d(40, 41, 2)
+    keys = []
+    for number in range(1, 1001):
+        keys.append(held.prefix(number).key)
+        keys.append(layouts.from_predicate(3, 4, lambda q, k, number=number: q - k < number).key)  # type: ignore[misc]
+    gc.collect()
+    assert len(layouts._alive) <= 256 + len(TEXTS) * 10, "what a variable holds, and the newest 256"
+    assert layouts.registered(held.key) is held
+    assert layouts.registered(keys[0]) == held.prefix(1), "made again from its key"
+    with pytest.raises(KeyError, match=r"its pattern is a function: keep the layout that from_predicate returned"):
+        layouts.registered(keys[1])
+    for key in ("", "nonsense", "local2d:2@3", "sparkle@3x4"):
+        with pytest.raises(KeyError, match="no layout"):
+            layouts.registered(key)
+    assert layouts.lists_of.cache_info().maxsize == layouts.lists_on.cache_info().maxsize == 256
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_key_is_enough_to_make_a_layout_again(text: str) -> None:
+    whole = layouts.parse(text, 16, 16)
+    for layout in (whole, whole.prefix(99), whole.with_tile(4, 8), layouts.parse(text, 16, 16, causal=False).prefix(7)):
+        assert layouts._read_key(layout.key) == layout
+    both = (whole | layouts.row(16, 16)) & (layouts.column(16, 16) | layouts.local2d(16, 16, 1))
+    assert layouts._read_key(both.key) == both
+
+
+def test_a_pattern_of_a_function_outlives_its_layout_until_backward() -> None:
+    """Operators know a layout by its key; the graph holds it, whoever else lets it go."""
+    from igpt_kernels import block_sparse_attention
+
+    q = torch.randn(1, 2, 12, 8, requires_grad=True)
+    out = block_sparse_attention(q, q, q, layouts.from_predicate(3, 4, lambda query, key: query - key < 3))
+    layouts._newest.clear()
+    layouts.lists_of.cache_clear()
+    gc.collect()
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert torch.isfinite(grad).all()

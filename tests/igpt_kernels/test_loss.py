@@ -22,8 +22,8 @@ REDUCTIONS = ["mean", "sum", "none"]
 def inputs(
     rows: int, width: int, vocab: int, dtype: torch.dtype, *, layout: str = "contiguous", ignored: float = 0.2, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = testing.make_input((1, 1, rows, width), dtype=dtype, seed=seed, layout=layout)[0, 0]
-    weight = testing.make_input((1, 1, vocab, width), dtype=dtype, seed=seed + 1, layout=layout)[0, 0]
+    hidden = testing.make_input((1, 1, rows, width), dtype=dtype, seed=seed, memory=layout)[0, 0]
+    weight = testing.make_input((1, 1, vocab, width), dtype=dtype, seed=seed + 1, memory=layout)[0, 0]
     generator = torch.Generator().manual_seed(seed + 2)
     target = torch.randint(vocab, (rows,), generator=generator)
     return hidden, weight, target.masked_fill(torch.rand(rows, generator=generator) < ignored, -100)
@@ -67,7 +67,7 @@ def test_error_is_within_the_budget_of_eager(rows: int, width: int, vocab: int, 
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", testing.MEMORY_FORMATS)
 def test_strides(layout: str, reduction: str) -> None:
     hidden, weight, target = inputs(33, 20, 9, torch.float32, layout=layout)
     compare(hidden, weight, torch.stack([target, target + 1], 1)[:, 0], reduction=reduction)

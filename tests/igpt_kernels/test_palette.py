@@ -102,6 +102,7 @@ def _report(got: Tensor, wanted: Tensor, colors: np.ndarray) -> str:
     return f"{len(wrong)} colours differ; ({red}, {green}, {blue}) gives {answers}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PALETTES)
 def test_every_colour_agrees_with_the_reference(name: str, all_colours: Tensor) -> None:
     colors = PALETTES[name]()
@@ -118,6 +119,7 @@ LARGE: dict[str, tuple[Callable[[], np.ndarray], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_large_palettes_agree_on_every_colour(name: str, all_colours: Tensor) -> None:
     make, sample = LARGE[name]
@@ -180,6 +182,7 @@ def _layouts() -> dict[str, tuple[Tensor, int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", _layouts())
 def test_layouts(layout: str, backend: str) -> None:
@@ -193,6 +196,7 @@ def test_layouts(layout: str, backend: str) -> None:
     assert torch.equal(pixels, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "size"),
@@ -419,6 +423,7 @@ def _pickled(table: PaletteTable) -> PaletteTable:
     return pickle.loads(pickle.dumps(table))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, _pickled])
 def test_copies_work_and_stay_small(way: Callable[[PaletteTable], PaletteTable]) -> None:
     table = PaletteTable(_random(20), backend="torch")

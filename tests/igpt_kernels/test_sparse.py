@@ -17,11 +17,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from igpt_kernels import _ops_sparse, backends, layouts, testing
+from igpt_kernels import backends, layouts, testing
+from igpt_kernels._ops import decode, sparse
 from igpt_kernels._torch import sparse as torch_sparse
 from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
 from igpt_kernels.layouts import SparseLayout
 from igpt_kernels.reference import attention_reference
+from tests import kit
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,39 +55,24 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def inputs(
     tokens: int, head_dim: int = 24, dtype: torch.dtype = torch.float32, *, heads: int = 2, kind: str = "fused_qkv"
 ) -> list[Tensor]:
-    return [testing.make_input((2, heads, tokens, head_dim), dtype=dtype, seed=seed, layout=kind) for seed in range(3)]
+    return [testing.make_input((2, heads, tokens, head_dim), dtype=dtype, seed=seed, memory=kind) for seed in range(3)]
 
 
-def oracle_of(layout: SparseLayout | Sequence[SparseLayout], scale: float = 0.3):  # type: ignore[no-untyped-def]
-    each = [layout] if isinstance(layout, SparseLayout) else layout
-    mask = torch.stack([one.dense_mask() for one in each])
-    return lambda q, k, v: attention_reference(q, k, v, causal=False, scale=scale, mask=mask)
+def mask_of(layout: SparseLayout | Sequence[SparseLayout]) -> Tensor:
+    return torch.stack([one.dense_mask() for one in ([layout] if isinstance(layout, SparseLayout) else layout)])
 
 
 def compare(q: Tensor, k: Tensor, v: Tensor, layout: SparseLayout | Sequence[SparseLayout], *, kind: str = "stepped") -> None:
-    grad = testing.make_input(q.shape, dtype=q.dtype, seed=9, layout=kind)
-    oracle = oracle_of(layout)
-    exact = testing.attention_result(oracle, [x.double() for x in (q, k, v)], grad.double())
-    eager = testing.attention_result(oracle, (q, k, v), grad)
+    key = layouts.joined([one.key for one in ([layout] if isinstance(layout, SparseLayout) else layout)])
+    grad = testing.make_input(q.shape, dtype=q.dtype, seed=9, memory=kind)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        key = ";".join(one.key for one in ([layout] if isinstance(layout, SparseLayout) else layout))
-        return _ops_sparse.sparse_forward(q, k, v, key, 0.3, False)
+        return sparse.sparse_forward(q, k, v, key, 0.3, "torch")
 
-    with testing.poisoned_memory():
-        actual = testing.attention_result(ours, (q, k, v), grad)
-    testing.check_attention(actual, exact, eager, floor=testing.cancelling_terms(q, k, v, grad, 0.3))
-    assert actual.lse is not None
-    assert exact.lse is not None
-    blind = exact.lse == -math.inf
-    assert torch.equal(actual.lse == -math.inf, blind)
-    tolerance = 2e-2 if q.dtype.itemsize == 2 else 1e-5
-    torch.testing.assert_close(
-        actual.lse.masked_fill(blind, 0).double(), exact.lse.masked_fill(blind, 0), atol=tolerance, rtol=0
-    )
-    assert (actual.out.masked_select(blind[..., None]) == 0).all()
+    kit.compare_attention(ours, (q, k, v), scale=0.3, mask=mask_of(layout), grad=grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (11, 19), (24, 24)])
@@ -100,7 +87,7 @@ def test_head_dims(head_dim: int, path: str) -> None:
     compare(*inputs(130, head_dim), layouts.parse("local2d:3+column", 10, 13))
 
 
-@pytest.mark.parametrize("kind", testing.LAYOUTS)
+@pytest.mark.parametrize("kind", testing.MEMORY_FORMATS)
 def test_strides(kind: str, path: str) -> None:
     compare(*inputs(130, kind=kind), layouts.parse("strided:9", 10, 13), kind=kind)
 
@@ -168,20 +155,22 @@ def leaves(tokens: int, dtype: torch.dtype, kind: str = "contiguous", head_dim: 
     return [x.requires_grad_() for x in inputs(tokens, head_dim, dtype, kind=kind)]
 
 
-@pytest.mark.parametrize("kind", testing.LAYOUTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", testing.MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(kind: str, dtype: torch.dtype) -> None:
     layout = layouts.row_column(4, 5).key
     q, k, v = leaves(20, dtype, kind)
-    torch.library.opcheck(_ops_sparse.sparse_forward, (q, k, v, f"{layout};{layouts.local2d(4, 5, 1).key}", 0.3, False))
-    out, lse = (x.detach() for x in _ops_sparse.sparse_forward(q, k, v, layout, 0.3, False))
+    torch.library.opcheck(sparse.sparse_forward, (q, k, v, f"{layout};{layouts.local2d(4, 5, 1).key}", 0.3, "torch"))
+    out, lse = (x.detach() for x in sparse.sparse_forward(q, k, v, layout, 0.3, "torch"))
     data = [x.detach() for x in (q, q, k, v)]
-    torch.library.opcheck(_ops_sparse.sparse_backward, (*data, out, lse, layout, 0.3, False))
+    torch.library.opcheck(sparse.sparse_backward, (*data, out, lse, layout, 0.3, "torch"))
     query = q[:, :, :1].detach().clone().requires_grad_()
     for lengths, length in ((None, 20), (None, 0), (torch.tensor([20, 0]), 0)):
-        torch.library.opcheck(_ops_sparse.sparse_decode, (query, k, v, lengths, length, layout, 0.3, False))
+        torch.library.opcheck(decode.sparse_decode, (query, k, v, lengths, length, layout, 0.3, "torch"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["local2d:1", "row_column", "strided:3", "fixed:4,1"])
 def test_gradcheck(text: str) -> None:
     layout = layouts.parse(text, 3, 4)
@@ -326,7 +315,7 @@ def test_decode(text: str, backend: str, dtype: torch.dtype) -> None:
     layout = layouts.parse(text, 9, 8)
     mask = layout.dense_mask()
     q = testing.make_input((2, 3, 1, 16), dtype=dtype, seed=1)
-    k, v = (testing.make_input((2, 3, 80, 16), dtype=dtype, seed=seed, layout="heads_last") for seed in (2, 3))
+    k, v = (testing.make_input((2, 3, 80, 16), dtype=dtype, seed=seed, memory="heads_last") for seed in (2, 3))
     for length in (1, 2, 40, 72, torch.tensor([72, 33]), torch.tensor([0, 5], dtype=torch.int32)):
         lengths = [length] * 2 if isinstance(length, int) else length.tolist()
         seen = torch.stack([mask[n - 1] if n else torch.zeros(72, dtype=torch.bool) for n in lengths])
@@ -355,7 +344,6 @@ def test_bad_arguments_are_named() -> None:
     layout = layouts.local2d(6, 7, 1)
     sparse, other = block_sparse_attention, layouts.row(7, 8)
     query = q[:, :, :1]
-    facts = {"dtype": q.dtype, "device": "cpu", "head_dim": 8, "layout": layout}
     names = "layout must be a SparseLayout or a sequence of them, got "
     for kind, words, call in (
         (TypeError, names + "str", lambda: sparse(q, k, v, "row")),
@@ -367,7 +355,6 @@ def test_bad_arguments_are_named() -> None:
         (ValueError, "backend must be auto, triton, torch, reference", lambda: sparse(q, k, v, layout, backend="ext")),
         (backends.BackendUnavailable, "device cpu", lambda: sparse(q, k, v, layout, backend="triton")),
         (ValueError, "the layout's 30, got 31", lambda: decode_attention(query, k, v, 31, layout=layouts.row(5, 6))),
-        (ValueError, "layout must be None for flash_attention", lambda: backends.explain("flash_attention", **facts)),
     ):
         with pytest.raises(kind, match=words):
             call()
@@ -376,13 +363,14 @@ def test_bad_arguments_are_named() -> None:
 def test_auto_refuses_a_square_it_was_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs(42)
     layout = layouts.local2d(6, 7, 1)
-    monkeypatch.setattr("igpt_kernels._torch.attention.free_memory", lambda device: 1000)
-    monkeypatch.setitem(backends.CAPABILITIES, "block_sparse_attention", (backends.Capability("reference", (torch.float32,)),))
+    monkeypatch.setattr("igpt_kernels.memory.free_memory", lambda device: 1000)
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "block_sparse_attention", (backends.Implementation("reference"),))
     with pytest.raises(MemoryError, match="42 x 42 scores"):
         block_sparse_attention(q, k, v, layout)
     block_sparse_attention(q, k, v, layout, backend="reference")
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_tokens() -> None:
     """Peak memory of forward and backward beyond the inputs, in a process each: 4 times the tokens, at most 5 times as much."""
     code = """

@@ -33,14 +33,14 @@ def test_not_finite_fails_first(value: float) -> None:
 
 
 def test_inputs_are_the_same_values_in_other_memory() -> None:
-    values = [testing.make_input((2, 3, 5, 4), dtype=torch.float32, seed=7, layout=layout) for layout in testing.LAYOUTS]
+    values = [testing.make_input((2, 3, 5, 4), dtype=torch.float32, seed=7, memory=layout) for layout in testing.MEMORY_FORMATS]
     assert all(torch.equal(values[0], value) for value in values)
     assert len({(value.stride(), value.storage_offset()) for value in values}) == len(values)
     for value in values[2:]:
         storage = torch.empty(0).set_(value.untyped_storage())  # type: ignore[call-overload]
         assert storage.isnan().sum() == storage.numel() - value.numel()
     with pytest.raises(ValueError, match="sideways"):
-        testing.make_input((1, 1, 1, 1), dtype=torch.float32, seed=0, layout="sideways")
+        testing.make_input((1, 1, 1, 1), dtype=torch.float32, seed=0, memory="sideways")
 
 
 def test_poisoned_memory_is_not_a_number() -> None:

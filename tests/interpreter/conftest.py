@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it computes what no GPU does, and watched as a GPU's sanitizer would."""
+"""Fixtures: correct bfloat16 rounding in Triton's interpreter, and a check of every memory access."""
 
 from __future__ import annotations
 

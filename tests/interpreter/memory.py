@@ -24,7 +24,7 @@ SPAN = 1 << 44
 """Bytes of addresses for each argument, which begins in the middle: no offset that a kernel computes leaves it unseen."""
 LARGEST = 1 << 26
 """Elements up to which each is accounted for; views beyond it (tests of 64-bit offsets) are checked by their ends alone."""
-NOBODY = -1
+NONE = -1
 MANY = -2
 
 
@@ -76,23 +76,23 @@ class Cells:
 
     def read(self, places: npt.NDArray[np.int64], program: int, names: str) -> None:
         """Note a load; none may follow a store of this launch, for nothing orders the two."""
-        if self.writer is not None and (self.writer[places] != NOBODY).any():
+        if self.writer is not None and (self.writer[places] != NONE).any():
             raise MemoryFault(f"{names}: program {program} loads what this launch has stored")
         if self.reader is None:
-            self.reader = np.full(self.size, NOBODY, np.int32)
+            self.reader = np.full(self.size, NONE, np.int32)
         before = self.reader[places]
-        self.reader[places] = np.where((before == NOBODY) | (before == program), program, MANY)
+        self.reader[places] = np.where((before == NONE) | (before == program), program, MANY)
 
     def write(self, places: npt.NDArray[np.int64], program: int, names: str) -> None:
         """Note a store; none may follow another, nor a load by another program."""
         if self.writer is None:
-            self.writer = np.full(self.size, NOBODY, np.int32)
-        if (self.writer[places] != NOBODY).any():
+            self.writer = np.full(self.size, NONE, np.int32)
+        if (self.writer[places] != NONE).any():
             raise MemoryFault(f"{names}: program {program} stores to a place that was stored to before")
         self.writer[places] = program
         if np.bincount(places - places.min()).max() > 1:
             raise MemoryFault(f"{names}: program {program} stores two values of one tile to one place")
-        if self.reader is not None and not np.isin(self.reader[places], (NOBODY, program)).all():
+        if self.reader is not None and not np.isin(self.reader[places], (NONE, program)).all():
             raise MemoryFault(f"{names}: program {program} stores to what another loads")
 
 

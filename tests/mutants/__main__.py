@@ -1,7 +1,7 @@
 """Break the kernels one line at a time, in a copy, and show which test catches each break: ``make mutants``.
 
 A suite that stays green with a broken kernel is no suite. Each row names the one test that must fail; a break that gets
-through, or a line that is no longer there, makes the command fail. ``python -m tests.mutants fused`` takes one room.
+through, or a line that is no longer there, makes the command fail. ``python -m tests.mutants norm`` takes one suite.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("attention", "sparse", "fused", "loss", "csrc")
+SUITES = ("attention", "sparse", "norm", "activation", "rows", "loss", "csrc")
 
 
 def caught(mutant: Mutant, tests: str, copy: Path) -> str:
@@ -46,19 +46,19 @@ def caught(mutant: Mutant, tests: str, copy: Path) -> str:
 def main() -> int:
     """Print the table; 1 if a break got through."""
     parser = argparse.ArgumentParser(description="break the kernels one line at a time and show which test notices")
-    parser.add_argument("rooms", nargs="*", help=f"of {', '.join(ROOMS)}; all when none is named")
-    rooms = parser.parse_args().rooms or ROOMS
+    parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; all when none is named")
+    suites = parser.parse_args().suites or SUITES
     total = survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("igpt_kernels", "tests", "igpt", "csrc", "benchmarks"):
+        for name in ("igpt_kernels", "tests", "igpt", "csrc", "benchmarks", "tools"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "Makefile"):
             shutil.copy(ROOT / name, copy)
-        for room in rooms:
-            if room not in ROOMS:
-                parser.error(f"rooms must be of {', '.join(ROOMS)}; got {room}")
-            breaks = importlib.import_module(f"tests.mutants.{room}")
+        for suite in suites:
+            if suite not in SUITES:
+                parser.error(f"suites must be of {', '.join(SUITES)}; got {suite}")
+            breaks = importlib.import_module(f"tests.mutants.{suite}")
             for mutant in breaks.MUTANTS:
                 test = caught(mutant, breaks.TESTS, copy)
                 total += 1

@@ -2,32 +2,34 @@
 
 from tests.mutants.mutant import Mutant
 
-TESTS = "tests/interpreter/test_attention_kernels.py"
+TESTS = "tests/interpreter/test_attention.py"
 
 MUTANTS = (
-    Mutant("causal mask off by one", "flash_forward.py", "<= (rows + offset)", "< (rows + offset)", "test_sizes"),
-    Mutant("no mask beyond the last key", "flash_forward.py", "visible = col_ok[None, :] & ", "visible = ", "test_sizes"),
+    Mutant("causal mask off by one", "attention_forward.py", "<= (rows + offset)", "< (rows + offset)", "test_sizes"),
+    Mutant("no mask beyond the last key", "attention_forward.py", "visible = col_ok[None, :] & ", "visible = ", "test_sizes"),
     Mutant(
         "unmasked loop one tile too long",
-        "flash_forward.py",
+        "attention_forward.py",
         "first + offset + 1, 0)",
         "first + offset + BLOCK_N, 0)",
         "test_sizes",
     ),
-    Mutant("accumulator not rescaled", "flash_forward.py", "acc0 = acc0 * shrink[:, None]", "acc0 = acc0", "test_sizes"),
-    Mutant("second part not rescaled", "flash_forward.py", "acc1 = acc1 * shrink[:, None]", "acc1 = acc1", "test_head_dims"),
-    Mutant("sum not rescaled", "flash_forward.py", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", "test_sizes"),
-    Mutant("lse in units of log2", "flash_forward.py", "tl.math.log2(l)) * LN2", "tl.math.log2(l))", "test_sizes"),
+    Mutant("accumulator not rescaled", "attention_forward.py", "acc0 = acc0 * shrink[:, None]", "acc0 = acc0", "test_sizes"),
+    Mutant(
+        "second part not rescaled", "attention_forward.py", "acc1 = acc1 * shrink[:, None]", "acc1 = acc1", "test_head_dims"
+    ),
+    Mutant("sum not rescaled", "attention_forward.py", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", "test_sizes"),
+    Mutant("lse in units of log2", "attention_forward.py", "tl.math.log2(l)) * LN2", "tl.math.log2(l))", "test_sizes"),
     Mutant(
         "stride of v taken from k",
-        "flash_forward.py",
+        "attention_forward.py",
         "cols.to(tl.int64) * stride_vt",
         "cols.to(tl.int64) * stride_kt",
         "test_strides",
     ),
     Mutant(
         "32-bit row offsets",
-        "flash_forward.py",
+        "attention_forward.py",
         "rows.to(tl.int64) * stride_qt",
         "rows * stride_qt",
         "test_offsets_beyond_32_bits",
@@ -56,21 +58,23 @@ MUTANTS = (
         "pid - first",
         "test_every_tile_of_every_head_has_one_program",
     ),
-    Mutant("delta left out", "flash_backward.py", "- delta[None, :])", "- 0 * delta[None, :])", "test_sizes"),
-    Mutant("delta left out of dQ", "flash_backward.py", "- delta[:, None])", "- 0 * delta[:, None])", "test_sizes"),
-    Mutant("dK without the scale", "flash_backward.py", "dk0 * scale", "dk0", "test_sizes"),
-    Mutant("dQ without the scale", "flash_backward.py", "dq0 * scale", "dq0", "test_sizes"),
-    Mutant("backward mask off by one", "flash_backward.py", "cols[:, None] <= (start", "cols[:, None] < (start", "test_sizes"),
+    Mutant("delta left out", "attention_backward.py", "- delta[None, :])", "- 0 * delta[None, :])", "test_sizes"),
+    Mutant("delta left out of dQ", "attention_backward.py", "- delta[:, None])", "- 0 * delta[:, None])", "test_sizes"),
+    Mutant("dK without the scale", "attention_backward.py", "dk0 * scale", "dk0", "test_sizes"),
+    Mutant("dQ without the scale", "attention_backward.py", "dq0 * scale", "dq0", "test_sizes"),
+    Mutant(
+        "backward mask off by one", "attention_backward.py", "cols[:, None] <= (start", "cols[:, None] < (start", "test_sizes"
+    ),
     Mutant(
         "backward starts a tile late",
-        "flash_backward.py",
+        "attention_backward.py",
         "// BLOCK_M * BLOCK_M, Tq, BLOCK_M)",
         "// BLOCK_M * BLOCK_M + BLOCK_M, Tq, BLOCK_M)",
         "test_sizes",
     ),
     Mutant(
         "rows beyond the end loaded",
-        "flash_backward.py",
+        "attention_backward.py",
         "row_ok = start + rows < Tq",
         "row_ok = start + rows < Tq + 1",
         "test_sizes",
@@ -93,23 +97,23 @@ MUTANTS = (
     ),
     Mutant(
         "memory: queries beyond the last read",
-        "flash_forward.py",
+        "attention_forward.py",
         "stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)",
         "stride_qt, row_ok, stride_qd, D, DA, DB, DOT, False)",
         "test_sizes",
     ),
     Mutant(
         "memory: lse beyond the last row read",
-        "flash_backward.py",
+        "attention_backward.py",
         "tl.load(Lse + head.to(tl.int64) * Tq + rows, mask=row_ok, other=0.0)",
         "tl.load(Lse + head.to(tl.int64) * Tq + rows)",
         "test_sizes",
     ),
     Mutant(
         "memory: gradients beyond the last row read",
-        "flash_backward.py",
-        "at * stride_gt, row_ok, stride_gd, D, 0, WIDTH, True)",
-        "at * stride_gt, row_ok, stride_gd, D, 0, WIDTH, False)",
+        "attention_backward.py",
+        "row_offset * stride_gt, row_ok, stride_gd, D, 0, WIDTH, True)",
+        "row_offset * stride_gt, row_ok, stride_gd, D, 0, WIDTH, False)",
         "test_sizes",
     ),
 )

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-TESTS = "tests/igpt_kernels/test_csrc.py"
+TESTS = "tests/csrc/test_palette.py"
 
 MUTANTS = (
     Mutant(
@@ -69,7 +69,7 @@ MUTANTS = (
         "test_fuzz",
     ),
     Mutant(
-        "CUDA table: room for candidates overrun",
+        "CUDA table: space for candidates overrun",
         "../../csrc/palette_device.h",
         "if (kept <= kKept - kTeam &&",
         "if (kept <= kKept &&",

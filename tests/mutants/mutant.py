@@ -14,7 +14,7 @@ class Mutant:
         file: where, its path from igpt_kernels/_triton.
         old: text that is there.
         new: text to put in its place.
-        test: name of the test (or an expression of pytest's -k), in the file that the room of the break names.
+        test: name of the test (or an expression of pytest's -k), in the file that the suite of the break names.
     """
 
     what: str

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-TESTS = "tests/interpreter/test_sparse_kernels.py"
+TESTS = "tests/interpreter/test_sparse.py"
 
 MUTANTS = (
     Mutant(
@@ -64,13 +64,25 @@ MUTANTS = (
         "tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1) - 1)",
         "test_patterns",
     ),
-    Mutant("sparse: parts merged without weight", "sparse_forward.py", "before0 * theirs[:, None]", "before0", "test_patterns"),
-    Mutant("sparse: parts' sum forgotten", "sparse_forward.py", "l = l * mine + theirs", "l = l * mine", "test_patterns"),
+    Mutant(
+        "sparse: parts merged without weight",
+        "sparse_forward.py",
+        "partial0 * partial_weight[:, None]",
+        "partial0",
+        "test_patterns",
+    ),
+    Mutant(
+        "sparse: parts' sum forgotten",
+        "sparse_forward.py",
+        "l = l * weight + partial_weight",
+        "l = l * weight",
+        "test_patterns",
+    ),
     Mutant(
         "sparse: second column part of parts forgotten",
         "sparse_forward.py",
-        "acc1 = acc1 * mine[:, None] + before1 * theirs[:, None]",
-        "acc1 = acc1 * mine[:, None]",
+        "acc1 = acc1 * weight[:, None] + partial1 * partial_weight[:, None]",
+        "acc1 = acc1 * weight[:, None]",
         "test_head_dims",
     ),
     Mutant(
@@ -79,30 +91,36 @@ MUTANTS = (
     Mutant(
         "sparse: head map ignored",
         "sparse_forward.py",
-        "h = tl.load(Heads + head % G).to(tl.int64)",
-        "h = (head % G).to(tl.int64)",
+        "h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)",
+        "h = (head % LAYOUT_HEADS).to(tl.int64)",
         "test_every_head_its_own_pattern",
     ),
-    Mutant("sparse: stride of v taken from k", "sparse_forward.py", "there * stride_vt", "there * stride_kt", "test_strides"),
+    Mutant(
+        "sparse: stride of v taken from k",
+        "sparse_forward.py",
+        "key_offset * stride_vt",
+        "key_offset * stride_kt",
+        "test_strides",
+    ),
     Mutant(
         "sparse: 32-bit row offsets",
         "sparse_forward.py",
-        "there = token.to(tl.int64)",
-        "there = token",
+        "key_offset = token.to(tl.int64)",
+        "key_offset = token",
         "test_offsets_beyond_32_bits",
     ),
     Mutant(
         "sparse: earlier parts of dK forgotten",
         "sparse_backward.py",
-        "if BeforeK is not None:",
-        "if BeforeK is None and False:",
+        "if PartialDK is not None:",
+        "if PartialDK is None and False:",
         "test_patterns",
     ),
     Mutant(
         "sparse: earlier parts of dQ forgotten",
         "sparse_backward.py",
-        "if Before is not None:",
-        "if Before is None and False:",
+        "if PartialDQ is not None:",
+        "if PartialDQ is None and False:",
         "test_patterns",
     ),
     Mutant("sparse: dK scaled in every part", "sparse_backward.py", "scale if last else 1.0", "scale", "test_patterns"),

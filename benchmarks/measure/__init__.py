@@ -1,0 +1,1 @@
+"""Measurement: one process a case, its time and memory, and the machine."""

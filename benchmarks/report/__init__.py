@@ -1,0 +1,1 @@
+"""Reports of measured rows: tables, plots, comparisons, pages, targets."""

@@ -1,0 +1,264 @@
+"""Numbers of README and docs from the committed rows: ``python -m benchmarks.report.pages`` writes them between markers.
+
+A page asks for a part by ``<!-- numbers: NAME -->`` and ends it by ``<!-- end -->``; `PARTS` says what each is made of.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.measure.worker import Message
+from benchmarks.registry import WAYS
+from benchmarks.report import tables
+from benchmarks.report.compare import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-x86_64-2-cores"
+PAGES = ("README.md", "docs/performance.md", "docs/patterns.md")
+MARKED = re.compile(r"(<!-- numbers: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+LABELS = {
+    "ext": "this library, C++",
+    "torch": "this library, torch",
+    "scipy": "scipy cKDTree",
+    "cdist": "torch.cdist",
+    "pillow": "Pillow, 256 colours",
+    "transformers": "transformers `color_quantize`",
+    "eager": "eager (softmax of a T × T matrix)",
+    "sdpa": "torch SDPA",
+    "flex": "FlexAttention, compiled",
+    "flash": "`flash_attention`",
+    "sparse": "`block_sparse_attention`",
+}
+
+
+class Results:
+    """The rows of a run, to be asked for by their columns."""
+
+    def __init__(self, lines: Sequence[Message]) -> None:
+        self.rows = tables.latest(lines)
+        self.facts = [line for line in lines if line.get("kind") == "environment"][-1]
+
+    def all(self, **wanted: object) -> list[Message]:
+        """The rows whose columns have these values."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
+
+    def one(self, **wanted: object) -> Message | None:
+        """The first of them."""
+        return next(iter(self.all(**wanted)), None)
+
+
+def _time(row: Message | None) -> str:
+    """A time, or what became of it."""
+    if row is None:
+        return "-"
+    return tables.seconds(row["median_s"]) if row["status"] == "ok" else _fate(row)
+
+
+def _fate(row: Message) -> str:
+    if row["status"] == "oom":
+        needed = row.get("predicted_bytes")
+        return f"out of memory ({tables.size(needed)})" if needed else "out of memory"
+    if row["status"] == "timeout":
+        expected = row.get("predicted_s")
+        return f"({tables.seconds(expected)}, predicted)" if expected else "too slow"
+    return str(row["status"])
+
+
+def _peak(row: Message | None) -> str:
+    if row is None:
+        return "-"
+    if row["status"] == "ok":
+        return tables.size(row.get("peak_bytes"))
+    return f"({tables.size(row['predicted_bytes'])}, predicted)" if row.get("predicted_bytes") else "-"
+
+
+def conditions(results: Results) -> str:
+    """Machine, versions and revision in a sentence."""
+    facts = results.facts
+    versions = facts["versions"]
+    peers = "".join(f", {name} {versions[name]}" for name in ("transformers", "scipy", "pillow") if name in versions)
+    return (
+        f"Measured {facts['date'][:10]} on {facts['cores']} cores of an {facts['processor']} (no GPU), "
+        f"torch {versions['torch']}{peers}; "
+        f"a matrix product reached {1e3 * facts['matmul_tflops']:.0f} GFLOP/s, a copy {facts['copy_gbs']:.0f} GB/s.\n"
+    )
+
+
+def attention(results: Results) -> str:
+    """One layer, forward and backward: a row a method, a column a size."""
+    sides = (32, 64, 128, 256)
+    lines = [
+        "| one layer, forward + backward | " + " | ".join(f"{side}²" for side in sides) + " |",
+        "|---|" + "---|" * len(sides),
+    ]
+    methods = [("attention", "causal", name) for name in ("eager", "sdpa", "flash")] + [("sparse", "local2d:7", "sparse")]
+    for suite, op, method in methods:
+        cells = [
+            _time(results.one(suite=suite, op=op, method=method, preset="S", resolution=side, way="both")) for side in sides
+        ]
+        name = LABELS[method] + (f", `{op}`" if suite == "sparse" else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def memory(results: Results) -> str:
+    """Peak memory of the same layers."""
+    sides = (32, 64, 128, 256)
+    lines = ["| peak beyond inputs, forward + backward | " + " | ".join(f"{side}²" for side in sides) + " |"]
+    lines.append("|---|" + "---|" * len(sides))
+    for suite, op, method in (
+        ("attention", "causal", "eager"),
+        ("attention", "causal", "sdpa"),
+        ("attention", "causal", "flash"),
+        ("sparse", "local2d:7", "sparse"),
+    ):
+        cells = [
+            _peak(results.one(suite=suite, op=op, method=method, preset="S", resolution=side, way="both")) for side in sides
+        ]
+        name = LABELS[method] + (f", `{op}`" if suite == "sparse" else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def palette(results: Results) -> str:
+    """Pixels to tokens, the fastest first."""
+    lines = ["| 512 colours, int64 tokens | time | million pixels/s | transformers' time ÷ |", "|---|---|---|---|"]
+    rows = results.all(suite="palette", op="lookup", resolution=256)
+    for row in sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_s"]):
+        ratio = row["ratio"].get("transformers")
+        shown = "-" if ratio is None else f"{tables.digits(ratio)}×"
+        rate = tables.digits(row["rate"] / 1e6)
+        lines.append(f"| {LABELS[row['method']]} | {tables.seconds(row['median_s'])} | {rate} | {shown} |")
+    made = results.one(suite="palette", op="table", method="ext")
+    text = "\n".join(lines) + "\n"
+    if made is not None and made["status"] == "ok":
+        text += f"\nThe table of all 16,777,216 answers is made once for a palette, in {tables.seconds(made['median_s'])}.\n"
+    return text
+
+
+def sparse(results: Results) -> str:
+    """Patterns beside FlexAttention with the same mask and torch's dense kernel."""
+    lines = ["| pattern, image | ours, forward | SDPA, dense | FlexAttention | ours, with backward | SDPA, dense |"]
+    lines.append("|---|---|---|---|---|---|")
+    sizes = [(row["op"], row["resolution"]) for row in results.all(suite="sparse", method="sparse", preset="S", way="forward")]
+    for op, side in dict.fromkeys(sizes):
+        cells = []
+        for way, peers in (("forward", ("sdpa", "flex")), ("both", ("sdpa",))):
+            mine = results.one(suite="sparse", op=op, method="sparse", preset="S", resolution=side, way=way)
+            cells.append(_time(mine))
+            for peer in peers:
+                suite = ("sparse", op) if peer == "flex" else ("attention", "causal")
+                theirs = results.one(suite=suite[0], op=suite[1], method=peer, preset="S", resolution=side, way=way)
+                cells.append(_against(theirs, mine))
+        lines.append(f"| `{op}`, {side}² | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _against(theirs: Message | None, mine: Message | None) -> str:
+    if theirs is None or mine is None or theirs["status"] != "ok" or mine["status"] != "ok":
+        return _time(theirs)
+    return f"{_time(theirs)} ({theirs['median_s'] / mine['median_s']:.2g}×)"
+
+
+def models(results: Results) -> str:
+    """Training steps and sampling of whole models."""
+    lines = ["| model, image | " + " | ".join(MODELS) + " |", "|---|" + "---|" * len(MODELS)]
+    for suite, way, words in (("train", "step", "training step"), ("sample", "forward", "one more pixel")):
+        sizes = dict.fromkeys((row["preset"], row["resolution"]) for row in results.all(suite=suite))
+        for preset, side in sizes:
+            rows = [results.one(suite=suite, method=method, preset=preset, resolution=side, way=way) for method in MODELS]
+            cells = [_time(row) + _kept(row, suite) for row in rows]
+            lines.append(f"| {words}, {preset}, {side}² | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _kept(row: Message | None, suite: str) -> str:
+    """The peak memory of a training step, behind its time."""
+    return f", {_peak(row)}" if row is not None and row["status"] == "ok" and suite == "train" else ""
+
+
+MODELS = ("hf-eager", "hf-compile", "hf-kernels", "plain", "kernels", "sparse")
+
+
+def slower(results: Results) -> str:
+    """Every case in which one of ours takes longer than a peer."""
+    lines = ["| case | ours | peer | ours ÷ peer |", "|---|---|---|---|"]
+    ours = {"flash": ("eager", "sdpa", "flex"), "sparse": ("flex", "eager", "sdpa"), "decode": ("eager", "sdpa")}
+    ours |= {"ours": ("eager", "torch", "compile"), "kernels": ("plain", "hf-eager"), "ext": ("scipy", "pillow", "cdist")}
+    for row in results.rows:
+        if row["status"] != "ok" or row["method"] not in ours:
+            continue
+        same = [
+            other for other in results.rows if other["key"] != row["key"] and _alike(row, other) and other["status"] == "ok"
+        ]
+        for other in same:
+            if other["method"] in ours[row["method"]] and other["p80_s"] < row["p20_s"]:
+                name = f"{row['suite']} {row['op']}, {row['preset']}, {tables.image(row)}, {WAYS[row['way']]}"
+                share = row["median_s"] / other["median_s"]
+                lines.append(f"| {name} | {row['method']} {_time(row)} | {other['method']} {_time(other)} | {share:.2f}× |")
+    return ("\n".join(lines) if len(lines) > 2 else "None beyond the spread of both.") + "\n"
+
+
+def _alike(row: Message, other: Message) -> bool:
+    same = all(row[name] == other[name] for name in ("preset", "resolution", "batch", "tokens", "dtype", "way"))
+    dense = row["suite"] == "sparse" and other["suite"] == "attention" and row["op"] != "build"
+    return same and (dense or (row["suite"], row["op"]) == (other["suite"], other["op"]))
+
+
+def reach(results: Results) -> str:
+    """The sentences about the largest image."""
+    return "".join(f"- {sentence}\n" for sentence in tables.largest(results.rows))
+
+
+def everything(results: Results) -> str:
+    """All tables."""
+    return tables.markdown(results.rows)
+
+
+PARTS: dict[str, Callable[[Results], str]] = {
+    "conditions": conditions,
+    "attention": attention,
+    "memory": memory,
+    "palette": palette,
+    "sparse": sparse,
+    "models": models,
+    "slower": slower,
+    "reach": reach,
+    "everything": everything,
+}
+
+
+def filled(text: str, results: Results) -> str:
+    """A page with what stands between its markers made anew.
+
+    Raises:
+        ValueError: a page asks for a part that there is not.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        name = found.group(2)
+        if name not in PARTS:
+            raise ValueError(f"there is no part {name!r}; there are {', '.join(PARTS)}")
+        return f"{found.group(1)}{PARTS[name](results)}{found.group(4)}"
+
+    return MARKED.sub(replace, text)
+
+
+def main() -> int:
+    """Rewrite the pages."""
+    results = Results(read_run(RESULTS))
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, results)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+        print(f"{page}: {'rewritten' if after != before else 'is up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

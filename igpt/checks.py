@@ -1,0 +1,198 @@
+"""Checks of settings and arguments. Imports neither torch nor numpy, so that commands start fast.
+
+A settings class declares what its fields may hold by their annotations: types, `Literal` choices, ``None``, and ranges in
+``Annotated``. `check_fields` compares every value with them; `Options` does that for the options of all commands::
+
+    @dataclass(frozen=True)
+    class Example(Options):
+        steps: Annotated[int, AtLeast(1)] = 100
+        rate: Annotated[float, Between(0.0, 1.0, high_open=True)] = 0.5
+        mode: Literal["a", "b"] = "a"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from igpt.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """A range of numbers, ends included unless they are open; None has no end."""
+
+    low: float | None
+    high: float | None
+    low_open: bool = False
+    high_open: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies inside."""
+        above = self.low is None or (value > self.low if self.low_open else value >= self.low)
+        below = self.high is None or (value < self.high if self.high_open else value <= self.high)
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"above {self.low}" if self.low_open else f"of at least {self.low}"
+        if not self.low_open and not self.high_open:
+            return f"from {self.low} to {self.high}"
+        low = f"above {self.low}" if self.low_open else f"of at least {self.low}"
+        return f"{low} and {'below' if self.high_open else 'at most'} {self.high}"
+
+
+def AtLeast(low: float) -> Between:
+    """``low`` or more."""
+    return Between(low, None)
+
+
+def Above(low: float) -> Between:
+    """More than ``low``."""
+    return Between(low, None, low_open=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Texts of a form.
+
+    Attributes:
+        pattern: regular expression that the whole text must match.
+        form: the form in words.
+    """
+
+    pattern: str
+    form: str
+
+    def holds(self, value: str) -> bool:
+        """Whether the text has the form."""
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.form
+
+
+Limit = Between | Matches
+Count = Annotated[int, AtLeast(1)]
+Natural = Annotated[int, AtLeast(0)]
+Device = Annotated[str, Matches(r"auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")]
+
+
+@functools.cache
+def hints(cls: Any) -> dict[str, Any]:
+    """The annotations of a class, resolved."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _describe(hint: Any, limit: Limit | None = None) -> str:
+    """What a value of this annotation is, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        limits = [each for each in arguments[1:] if isinstance(each, Limit)]
+        return _describe(arguments[0], limits[0] if limits else limit)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        named = [_describe(each, limit) for each in arguments if each is not type(None)]
+        return " or ".join([*named, "left out"] if type(None) in arguments else named)
+    if origin is tuple:
+        return f"a sequence, each {_describe(arguments[0])}"
+    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", Path: "a path"}
+    if isinstance(limit, Matches):
+        return str(limit)
+    return names[hint] + (f" {limit}" if limit is not None else "")
+
+
+def _accept(hint: Any, value: Any, limit: Limit | None = None) -> Any:
+    """The value as the annotation has it (lists become tuples, strings paths), or `_Wrong`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        limits = [each for each in arguments[1:] if isinstance(each, Limit)]
+        return _accept(arguments[0], value, limits[0] if limits else limit)
+    if origin is typing.Literal:
+        return value if any(value is each or (type(value) is type(each) and value == each) for each in arguments) else _Wrong
+    if origin in (typing.Union, types.UnionType):
+        for each in arguments:
+            found = None if each is type(None) and value is None else _Wrong
+            found = _accept(each, value, limit) if each is not type(None) else found
+            if found is not _Wrong:
+                return found
+        return _Wrong
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return _Wrong
+        items = tuple(_accept(arguments[0], each) for each in value)
+        return _Wrong if any(each is _Wrong for each in items) else items
+    if hint is Path:
+        return Path(value) if isinstance(value, (str, Path)) else _Wrong
+    if hint is int or hint is float:
+        number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        return value if number and math.isfinite(value) and (limit is None or limit.holds(value)) else _Wrong
+    return value if isinstance(value, hint) and (limit is None or limit.holds(value)) else _Wrong
+
+
+class _Wrong:
+    """Stands for a value that an annotation does not allow."""
+
+
+def check_fields(owner: Any) -> None:
+    """Check every field of a frozen dataclass against its annotation; lists become tuples and strings paths where wanted.
+
+    Raises:
+        ConfigError: the field, what it must be, and what came.
+    """
+    known: dict[str, Any] = hints(owner.__class__)
+    for name in (field.name for field in dataclasses.fields(owner)):
+        hint, value = known[name], getattr(owner, name)
+        found = _accept(hint, value)
+        if found is _Wrong:
+            raise ConfigError(f"{name} must be {_describe(hint)}, got {value!r}")
+        if found is not value:
+            object.__setattr__(owner, name, found)
+
+
+class Options:
+    """What the options of all commands share: each field is checked when an object is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def from_mapping(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a settings class from a mapping, refusing keys it does not have.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that the class refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(fields)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__}: {str(error).partition('() ')[2] or error}") from error
+
+
+def check_int(name: str, value: Any, low: int) -> int:
+    """`value` as an int; numpy's integers are welcome.
+
+    Raises:
+        ConfigError: no integer, or below `low`; names `name`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < low:
+        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+    return number

@@ -1,0 +1,46 @@
+"""The terminal: lines and progress bars on stderr, and columns as aligned text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class Console:
+    """What a run reports, on stderr: lines anywhere, bars on a terminal only; nothing at all when not wanted.
+
+    Args:
+        wanted: False reports nothing.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+
+    def log(self, text: str) -> None:
+        """Print a line above the bars."""
+        if self.wanted:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether progress is wanted and stderr is a terminal."""
+        return self.wanted and sys.stderr.isatty()
+
+    def progress(self, total: int, initial: int, what: str, unit: str) -> Any:
+        """A tqdm bar."""
+        from tqdm import tqdm
+
+        shown = None if self.wanted else True  # None: tqdm looks whether stderr is a terminal
+        return tqdm(
+            total=total, initial=initial, desc=what, unit=unit, file=sys.stderr, disable=shown, leave=False, dynamic_ncols=True
+        )
+
+
+def aligned_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns, two spaces apart; rows may be short, nothing follows a last cell."""
+    count = max(len(row) for row in rows)
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

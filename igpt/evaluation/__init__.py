@@ -1,0 +1,1 @@
+"""What a trained model is good for: features of every layer and linear probes."""

@@ -1,0 +1,1 @@
+"""Drawing and completing images, pixel by pixel."""

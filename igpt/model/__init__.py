@@ -1,0 +1,1 @@
+"""Image GPT: its configuration, the model, and the Hugging Face format."""

@@ -1,0 +1,1 @@
+"""Palettes: colours, k-means, file formats."""

@@ -1,0 +1,1 @@
+"""Pictures: grids by Pillow, curves and patterns by matplotlib, one HTML page."""

@@ -1,0 +1,1 @@
+"""Pretraining: options, data, objectives, loop, optimizer, checkpoints, run folder."""

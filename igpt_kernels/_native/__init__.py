@@ -1,0 +1,1 @@
+"""The compiled extension: how it is built, cached and loaded."""

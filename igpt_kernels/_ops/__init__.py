@@ -1,0 +1,1 @@
+"""Registered operators: schemas, fake kernels, autograd and FLOP formulas."""

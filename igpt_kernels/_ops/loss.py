@@ -1,0 +1,162 @@
+"""The registered operators of the loss. Kernels are imported only when one is launched.
+
+Two ways to the gradients. `cross_entropy_rows` gives every row's loss and computes the logits again in its backward pass;
+`cross_entropy_sum` gives their sum and makes the gradients beside it. `igpt_kernels.loss` says when which is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_kernels._ops.shared import dispatch, register
+from igpt_kernels._torch import loss as torch_loss
+from igpt_kernels.tensors import accumulation_dtype
+
+
+def _rows_fake(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, z_loss: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden.dtype)
+    return hidden.new_empty(hidden.shape[:1], dtype=dtype), hidden.new_empty(hidden.shape[:1], dtype=dtype)
+
+
+def _gradients_fake(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    width = hidden.shape[1]
+    dhidden = hidden.new_empty(hidden.shape[0] if need_hidden else 0, width)
+    return dhidden, weight.new_empty(weight.shape[0] if need_weight else 0, width)
+
+
+def _rows_backward_fake(
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float,
+    need_hidden: bool, need_weight: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _gradients_fake(hidden, weight, need_hidden, need_weight)
+
+
+def _sum_fake(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, z_loss: float, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden.dtype)
+    dhidden, dweight = _gradients_fake(hidden, weight, need_hidden, need_weight)
+    return hidden.new_empty((), dtype=dtype), dhidden, dweight.to(dtype)
+
+
+def _scaled_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _scale_fake(gradient: Tensor, factor: Tensor) -> None:
+    """Changes values only."""
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, target, *how = inputs
+    ctx.save_for_backward(hidden, weight, target, output[1])
+    ctx.how = tuple(how)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    *numbers, backend = ctx.how
+    needs = (need_hidden, need_weight)
+    dhidden, dweight = cross_entropy_rows_backward(grad, *ctx.saved_tensors, *numbers, *needs, backend)
+    return dhidden if need_hidden else None, dweight if need_weight else None, None, None, None, None
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, target, *how = inputs
+    ctx.save_for_backward(hidden, weight, target)
+    ctx.how = tuple(how)
+    ctx.made = output[1:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros of the size of dhidden
+
+
+def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """The gradients of the forward pass, scaled in place: a second dhidden would take as much memory as the logits.
+
+    The buffers are consumed; a second backward (retain_graph=True) recomputes them.
+    """
+    if grad is None:
+        return (None,) * 7
+    need_hidden, need_weight = ctx.how[2:]
+    made, ctx.made = ctx.made, None
+    with torch.no_grad():
+        dhidden, dweight = cross_entropy_sum(*ctx.saved_tensors, *ctx.how)[1:] if made is None else made
+    dtype = dhidden.dtype
+    # Where a graph is made of this: one to differentiate again, which is an error, or one that torch.compile traces.
+    if torch.is_grad_enabled() or type(grad) is not Tensor:
+        dhidden = cross_entropy_scaled(dhidden, grad, dtype)
+    else:
+        cross_entropy_scale_(dhidden, grad)
+    dweight = cross_entropy_scaled(dweight, grad, dtype)
+    return dhidden if need_hidden else None, dweight if need_weight else None, None, None, None, None, None
+
+
+def _product(hidden: torch.Size, weight: torch.Size) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def _rows_flops(hidden: torch.Size, weight: torch.Size, *rest: object, **shapes: object) -> int:
+    """2·M·C·V: one product."""
+    return _product(hidden, weight)
+
+
+def _rows_backward_flops(
+    grad: torch.Size, hidden: torch.Size, weight: torch.Size, target: torch.Size, lse: torch.Size, ignore_index: int,
+    z_loss: float, need_hidden: bool, need_weight: bool, backend: str, **shapes: object,
+) -> int:  # fmt: skip
+    """2·M·C·V for each gradient. The recomputation of the logits is not counted."""
+    return (need_hidden + need_weight) * _product(hidden, weight)
+
+
+def _sum_flops(
+    hidden: torch.Size, weight: torch.Size, target: torch.Size, ignore_index: int, z_loss: float, need_hidden: bool,
+    need_weight: bool, **shapes: object,
+) -> int:  # fmt: skip
+    """2·M·C·V for the logits, and as much for each gradient, all of it in the forward pass."""
+    return (1 + need_hidden + need_weight) * _product(hidden, weight)
+
+
+cross_entropy_rows = register(
+    "cross_entropy_rows(Tensor hidden, Tensor weight, Tensor target, int ignore_index, float z_loss, str backend)"
+    " -> (Tensor loss, Tensor lse)",
+    dispatch("linear_cross_entropy", "rows"),
+    _rows_fake,
+    save=_save_rows,
+    backward=_rows_gradients,
+    flops=_rows_flops,
+)
+cross_entropy_rows_backward = register(
+    "cross_entropy_rows_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor lse, int ignore_index,"
+    " float z_loss, bool need_hidden, bool need_weight, str backend) -> (Tensor dhidden, Tensor dweight)",
+    dispatch("linear_cross_entropy", "rows_backward"),
+    _rows_backward_fake,
+    second="linear_cross_entropy",
+    flops=_rows_backward_flops,
+)
+cross_entropy_sum = register(
+    "cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, int ignore_index, float z_loss, bool need_hidden,"
+    " bool need_weight) -> (Tensor loss, Tensor dhidden, Tensor dweight)",
+    torch_loss.cross_entropy_sum,
+    _sum_fake,
+    save=_save_sum,
+    backward=_sum_gradients,
+    flops=_sum_flops,
+)
+cross_entropy_scaled = register(
+    "cross_entropy_scaled(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor",
+    torch_loss.cross_entropy_scaled,
+    _scaled_fake,
+    second="linear_cross_entropy",
+)
+cross_entropy_scale_ = register(
+    "cross_entropy_scale_(Tensor(a!) gradient, Tensor factor) -> ()", torch_loss.cross_entropy_scale_, _scale_fake
+)

@@ -1,0 +1,75 @@
+"""How an operator is registered: schema, implementation, fake kernel, autograd and FLOP formula in one call.
+
+Every operator that has several backends takes the name of one as its last argument, ``str backend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.library import Library
+from torch.utils.flop_counter import register_flop_formula
+
+from igpt_kernels import backends
+
+_library = Library("igpt_kernels", "FRAGMENT")
+
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    second: str = "",
+    flops: Callable[..., int] | None = None,
+) -> Any:
+    """Define ``igpt_kernels::<schema>`` and give the operator.
+
+    Args:
+        schema: name, arguments and results in torch's notation.
+        run: the implementation, on every device.
+        fake: results without data, for torch.compile.
+        save: what the derivative keeps, ``setup_context`` of torch.library.register_autograd.
+        backward: the derivative. Without it, differentiating raises: `second` names the operation in the message.
+        second: name of the operation whose first derivative this operator is.
+        flops: operations by shapes, for torch.utils.flop_counter; None where no matrices are multiplied.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"igpt_kernels::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"igpt_kernels::{name}", backward, setup_context=save, lib=_library)
+    elif second:
+        refuse = _no_second_derivative(second)
+        torch.library.register_autograd(f"igpt_kernels::{name}", refuse, setup_context=_save_nothing, lib=_library)
+    operator = getattr(torch.ops.igpt_kernels, name)
+    if flops is not None:
+        register_flop_formula(operator)(flops)
+    return operator
+
+
+def dispatch(op: str, step: str) -> Callable[..., Any]:
+    """An implementation that hands all arguments but the last, the backend, to that backend's function."""
+
+    def run(*arguments: Any) -> Any:
+        return backends.step(op, arguments[-1], step)(*arguments[:-1])
+
+    return run
+
+
+def _save_nothing(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+    """A second derivative is an error, so nothing is kept for it."""
+
+
+def _no_second_derivative(op: str) -> Callable[..., Any]:
+    def refuse(ctx: FunctionCtx, *grads: Tensor) -> None:
+        raise RuntimeError(f"{op} has no second derivative; use backend='reference' where one is needed")
+
+    return refuse

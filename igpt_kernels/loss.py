@@ -1,0 +1,77 @@
+"""Cross-entropy of a linear layer without its logits: documents, checks, and chooses a backend. M rows, C width, V classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from igpt_kernels import backends, reference
+from igpt_kernels._ops import loss as ops
+from igpt_kernels.checks import autocast, check_loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of a linear layer, without its logits in memory: ``F.cross_entropy(hidden @ weight.T, target)``.
+
+    Of each row ``lse(logits) - logits[target] + z_loss * lse(logits)^2``, in nats, where ``logits = hidden @ weight.T`` and
+    lse is the logarithm of the sum of their exponentials. A z-loss keeps that sum near 1 (Chowdhery et al., "PaLM", 2022).
+
+    Args:
+        hidden: [..., C], float16, bfloat16, float32 or float64; any strides (copied where its rows do not lie at one
+            distance from each other).
+        weight: [V,C], of hidden's dtype and device; Triton takes 2 to 8192 classes.
+        target: int64 [...], each a class or `ignore_index`.
+        ignore_index: target of rows that do not count: their loss and gradients are 0.
+        reduction: ``"mean"`` over the rows that count (NaN where none does, as F.cross_entropy has it, with zero gradients),
+            ``"sum"``, or ``"none"``.
+        z_loss: factor of the squared lse, 0 or more.
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (some rows at a time, any device) or
+            ``"reference"`` (eager, all logits in memory). A name never falls back.
+
+    Returns:
+        A scalar, or [...] for ``"none"``; float32, float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message; on the CPU also a
+            target that is no class. On a GPU, and while torch.compile traces, targets are not read: such a row gets the loss
+            NaN and NaN gradients, and nothing beyond the tensors is read. (The reference fails as torch's gather does.)
+        BackendUnavailable: the backend asked for cannot run, with its reasons.
+        RuntimeError: in a second derivative; only the reference has one.
+
+    Under torch.autocast hidden and weight are cast to its dtype; the loss stays float32. Sums are float32 whatever the dtype
+    (the torch backend rounds logits to it, as a linear layer does). Deterministic, bit for bit. Triton's float32 logits are
+    true float32; the two products of its backward pass follow torch's setting for TF32, which is off by default.
+
+    Cost: 2·M·C·V floating point operations, M rows, and twice that backward (Triton computes the logits again: three times;
+    torch makes both gradients in the forward pass of ``"mean"`` and ``"sum"``, where grad mode is on, and in that of every
+    further backward call). Memory beyond inputs and gradients: 4 MiB of logits on the CPU, 16 MiB on a GPU (twice that in
+    float32), float32 sums of weight's gradient, and a few values a row.
+    """
+    hidden, weight = autocast(hidden, weight)
+    hidden, weight, target = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)
+    op, vocab = "linear_cross_entropy", weight.shape[0]
+    chosen = backends.select(op, backend, dtype=hidden.dtype, device=hidden.device, size=vocab)
+    if chosen == "reference":
+        return reference.linear_cross_entropy_reference(
+            hidden, weight, target, ignore_index=ignore_index, reduction=reduction, z_loss=z_loss
+        )
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    if chosen == "torch" and reduction != "none" and any(needed):
+        # One number's gradient: scaling dhidden by it costs less than computing the logits again, 14 times less on a CPU.
+        total = ops.cross_entropy_sum(rows, weight, labels, ignore_index, z_loss, *needed)[0]
+    else:
+        loss = ops.cross_entropy_rows(rows, weight, labels, ignore_index, z_loss, chosen)[0]
+        if reduction == "none":
+            return loss.view(target.shape)
+        total = loss.sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()

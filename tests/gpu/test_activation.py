@@ -1,0 +1,104 @@
+"""The kernels of the activation on a GPU: what neither interpreter nor compiler can show. `make gpu` runs these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from igpt_kernels import quick_gelu, testing
+from tests import kit
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = kit.DTYPES
+WIDTHS = [1, 31, 32, 33, 64, 100, 256, 512, 1000, 1024, 1536, 2048, 4096, 6144, 8191, 8192]
+
+
+def matrix(rows: int, width: int, dtype: torch.dtype, seed: int, memory: str = "contiguous") -> Tensor:
+    return kit.matrix(rows, width, dtype, seed, memory, "cuda")
+
+
+def check_gelu(x: Tensor, bias: Tensor | None = None) -> None:
+    kit.compare_gelu(lambda x, bias: quick_gelu(x, bias=bias, backend="triton"), x, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 1023])
+def test_widths(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = matrix(rows, width, dtype, 1)
+    weight = matrix(1, width, dtype, 3)[0]
+    check_gelu(x)
+    check_gelu(x, weight)
+
+
+@pytest.mark.parametrize("rows", [4096, 65536])
+@pytest.mark.parametrize("width", [512, 1024, 1536, 2048, 6144])
+def test_rows_of_image_gpt(width: int, rows: int) -> None:
+    x = matrix(rows, width, torch.bfloat16, 1)
+    weight = matrix(1, width, torch.bfloat16, 3)[0]
+    check_gelu(x, weight)
+
+
+@pytest.mark.parametrize("memory", testing.MEMORY_FORMATS)
+def test_strides(memory: str) -> None:
+    x = matrix(333, 96, torch.float16, 1, memory)
+    weight = matrix(2, 96, torch.float16, 3, "stepped")[1]
+    check_gelu(x, weight)
+
+
+def test_mixed_dtypes_as_under_autocast() -> None:
+    x = matrix(500, 512, torch.bfloat16, 1)
+    weight = matrix(1, 512, torch.float32, 3)[0]
+    check_gelu(x, weight)
+
+
+def test_the_same_bits_a_thousand_times() -> None:
+    x = matrix(4096, 512, torch.bfloat16, 1).requires_grad_()
+    weight = matrix(1, 512, torch.bfloat16, 3)[0].requires_grad_()
+    grad = matrix(4096, 512, torch.bfloat16, 4)
+    first: list[Tensor] | None = None
+    for _ in range(1000):
+        out = quick_gelu(x, bias=weight, backend="triton")
+        found = [out, *torch.autograd.grad(out, (x, weight), grad)]
+        first = found if first is None else first
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Rows whose last ones are beyond 32-bit offsets."""
+    rows = 2**31 // 512 + 1000
+    x = torch.zeros(rows, 512, dtype=torch.bfloat16, device="cuda")
+    x[-1000:] = matrix(1000, 512, torch.bfloat16, 1)
+    assert torch.equal(quick_gelu(x, backend="triton")[-1000:], quick_gelu(x[-1000:].clone(), backend="triton"))
+
+
+def test_no_copies_are_kept_for_the_backward_pass() -> None:
+    """Forward at 64 MiB: the output alone."""
+    x = torch.randn(65536, 512, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    weight = torch.ones(512, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    quick_gelu(x, bias=weight, backend="triton")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = quick_gelu(x, bias=weight, backend="triton")
+    assert torch.cuda.memory_allocated() - before <= out.numel() * 2 + 4096
+
+
+def test_compiled_and_on_a_side_stream() -> None:
+    x = matrix(1000, 512, torch.bfloat16, 1).requires_grad_()
+    weight = matrix(1, 512, torch.bfloat16, 3)[0].requires_grad_()
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return quick_gelu(x, bias=weight, backend="triton").float().square().sum()
+
+    want = torch.autograd.grad(loss(x, weight), (x, weight))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, weight), (x, weight))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside = torch.autograd.grad(loss(x, weight), (x, weight))
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b, c in zip(got, want, beside, strict=True):
+        torch.testing.assert_close(a, b)
+        assert torch.equal(b, c)

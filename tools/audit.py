@@ -1,0 +1,244 @@
+"""What the compiler makes of every shipped kernel configuration, without a GPU: ``make audit``.
+
+Each launcher runs with real arguments, but its kernels are only compiled, for a chip that need not be here, so what is
+audited is what would be launched. A row fails on a spill (local memory), on more shared memory than the chip gives a
+program, and on sm_90 when a 16-bit product is no warpgroup MMA, or when ptxas made the products wait for each other
+(its warning C7515: then there are as many waits as products). Kernels that only move memory (norm, activation) fail where
+their loads and stores are not 16 bytes wide, or where fewer programs fit on a multiprocessor than are launched for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from igpt_kernels import tuning
+from tools.kernels import DTYPES, KERNELS, partner
+
+# Table of configurations -> the chip it is compiled for, and the shared memory that chip gives one program (CUDA C++
+# programming guide, "technical specifications per compute capability").
+TARGETS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10), "default": (86, 99 << 10)}
+REGISTERS = 1 << 16
+"""Of a multiprocessor, 32 bits each, on all these chips."""
+WITHOUT_WGMMA = {("sparse_backward_keys", 256)}
+"""Rows whose products need not be warpgroup MMAs: of 17 configurations tried every one that had them spilled."""
+SPILLS_A_WORD = {("sm_100", "flash_delta", 32)}
+"""ptxas 12.8 stores and loads one word there at 72 registers, with 255 to be had; the kernel is bound by memory."""
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: what it uses of the chip, and what is wrong with that."""
+
+    table: str
+    kernel: str
+    bits: int
+    size: int
+    """Head dim, width of a row, or classes."""
+    config: tuple[int, int, int, int]
+    registers: int
+    spills: int
+    """Instructions that store to or load from local memory."""
+    shared: int
+    """Bytes of shared memory."""
+    wgmma: int
+    mma: int
+    waits: int
+    wide: int
+    """Loads and stores of global memory that move 16 bytes a thread."""
+    narrow: int
+    """Those that move less."""
+    problems: tuple[str, ...]
+
+
+class _Chip:
+    """A driver of Triton's for a chip that is not here: enough to compile, not to launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def compile_only(capability: int) -> Iterator[list[tuple[str, triton.compiler.CompiledKernel]]]:
+    """Inside, launching a kernel compiles it for `capability` instead; the list collects (name, compiled kernel)."""
+    compiled: list[tuple[str, triton.compiler.CompiledKernel]] = []
+    run = JITFunction.run
+
+    def collect(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = collect
+    driver.set_active(_Chip(capability))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        if torch.cuda.is_available():
+            driver.reset_active()  # where there is no GPU there is no driver to go back to
+
+
+ROWS = 256
+"""Rows or tokens of the tensors that launchers are called with: a multiple of 16, as sizes of images are."""
+
+
+def launch(kernel: str, size: int, dtype: torch.dtype, config: tuning.Config, other: tuning.Config) -> None:
+    """Call the launcher of a kernel on every form of inputs that is audited."""
+    operation = KERNELS[kernel].operation
+    for form in operation.audited_forms:
+        if operation.name == "loss" and form and size > 64:
+            continue  # rows that no load of 16 bytes fits take the smallest entry, whatever the number of classes
+        KERNELS[kernel].prepare(operation.inputs(size, ROWS, dtype, "cpu", form))(config, other)
+
+
+@functools.cache
+def disassemble(cubin: bytes) -> str:
+    """What cuobjdump says of a kernel: its resources and its machine code. Several configurations may share one."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def inspect(kernel: triton.compiler.CompiledKernel) -> tuple[int, Callable[[str], int]]:
+    """Registers of a compiled kernel, and a counter of instructions in its machine code."""
+    text = disassemble(kernel.asm["cubin"])
+    registers = re.search(r"REG:(\d+)", text)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {text[:200]!r}")
+    return int(registers.group(1)), lambda pattern: len(re.findall(pattern, text))
+
+
+def mover_problems(name: str, config: tuning.Config, registers: int, wide: int, narrow: int) -> list[str]:
+    """What is wrong with a kernel that only moves memory."""
+    problems = []
+    if narrow >= wide:
+        problems.append(f"{narrow} of {narrow + wide} loads and stores are narrow")
+    if name.endswith("backward_kernel") and registers * 32 * config.num_warps * config.num_stages > REGISTERS:
+        problems.append(f"{config.num_stages} programs of {registers} registers do not fit on a multiprocessor")
+    return problems
+
+
+def timed(table: str, kernel: str, size: int) -> bool:
+    """Whether the 16-bit entry that serves a size was chosen by timing right results on a device."""
+    serving = [int(entry) for entry in tuning.table(table)[kernel]["16"] if int(entry) >= size]
+    return bool(serving) and min(serving) in tuning.measured(table).get(kernel, ())
+
+
+def audit(table: str, kernel: str, bits: int, size: int, config: tuning.Config | None = None) -> list[Row]:
+    """Compile one configuration (the table's, or `config`) and look at it; one row for each kernel launched."""
+    (capability, limit), kind = TARGETS[table], KERNELS[kernel].kind
+    shipped = tuning.table(table)
+    chosen = tuning.nearest(shipped, kernel, bits, size) if config is None else config
+    other = tuning.nearest(shipped, partner(kernel), bits, size)
+    with compile_only(capability) as compiled:
+        launch(kernel, size, DTYPES[bits], chosen, other)
+    rows = []
+    for name, result in {result.hash: (name, result) for name, result in compiled}.values():
+        short = name.strip("_").removesuffix("_kernel")
+        if short not in KERNELS[kernel].functions:
+            continue  # launched to make the inputs, or the partner of the kernel
+        registers, count = inspect(result)
+        spills, wgmma, mma, waits = (count(p) for p in (r"\b(?:STL|LDL)\b", r"\bHGMMA\.", r"\bHMMA\.", r"WARPGROUP\.DEPBAR"))
+        wide = count(r"\b(?:LDG|STG)\.\S*\b128\b")
+        narrow = count(r"\b(?:LDG|STG)\.") - wide
+        shared = int(result.metadata.shared)
+        problems = []
+        if spills > (2 if (table, short, bits) in SPILLS_A_WORD else 0):
+            problems.append("spills")
+        if shared > limit:
+            problems.append(f"{shared} bytes of shared memory, the chip has {limit}")
+        if kind == "product" and short == kernel and bits == 16 and table == "sm_90" and (kernel, size) not in WITHOUT_WGMMA:
+            if not wgmma:
+                problems.append("no WGMMA")
+            elif waits >= wgmma:
+                problems.append("WGMMA serialised")
+        if kind == "rows" and short != "sum_partials":
+            problems += mover_problems(name, chosen, registers, wide, narrow)
+        if bits == 16 and timed(table, kernel, size) and config is None:
+            problems = [problem for problem in problems if "shared memory" in problem]  # a spill is a guess, a time is not
+        sizes = (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)
+        rows.append(
+            Row(table, short, bits, size, sizes, registers, spills, shared, wgmma, mma, waits, wide, narrow, tuple(problems))
+        )
+    return rows
+
+
+def shipped_cases(tables: Sequence[str], all_bits: Sequence[int] = (16, 32)) -> Iterator[tuple[str, str, int, int]]:
+    """Every entry of the tables, at the size it is listed for, and those of Image GPT that a wider entry serves."""
+    for table in tables:
+        for kernel, by_bits in tuning.table(table).items():
+            for bits, dims in ((int(bits), dims) for bits, dims in by_bits.items() if int(bits) in all_bits):
+                for size in sorted({int(dim) for dim in dims} | set(KERNELS[kernel].operation.sizes)):
+                    yield table, kernel, bits, size
+
+
+def ptxas_version() -> str:
+    """The assembler inside the Triton wheel."""
+    text = subprocess.run([_TOOLS / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return found.group(1) if found else "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a row has a problem."""
+    parser = argparse.ArgumentParser(description="compile every shipped kernel configuration and show what it uses")
+    parser.add_argument("tables", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is named")
+    parser.add_argument("--bits", nargs="+", type=int, choices=[16, 32], default=[16, 32], help="of the values; both")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    options = parser.parse_args(arguments)
+    for table in options.tables:
+        if table not in TARGETS:
+            parser.error(f"tables must be of {', '.join(TARGETS)}; got {table}")
+    if not options.json:
+        print(f"triton {triton.__version__}, ptxas {ptxas_version()}; config is block_m, block_n, num_warps, num_stages")
+        print(f"{'table':8} {'kernel':24} bits size {'config':>15} regs spills  shared WGMMA   MMA waits wide narrow  verdict")
+    failed = total = 0
+    for case in shipped_cases(options.tables, options.bits):
+        for row in audit(*case):
+            total += 1
+            failed += bool(row.problems)
+            if options.json:
+                print(json.dumps(asdict(row)), flush=True)
+                continue
+            config = ",".join(map(str, row.config))
+            print(
+                f"{row.table:8} {row.kernel:24} {row.bits:>4} {row.size:>4} {config:>15} {row.registers:>4} "
+                f"{row.spills:>6} {row.shared:>7} {row.wgmma:>5} {row.mma:>5} {row.waits:>5} {row.wide:>4} {row.narrow:>6}  "
+                f"{'; '.join(row.problems) or 'ok'}",
+                flush=True,
+            )
+    if not options.json:
+        print(f"{total - failed} of {total} kernels are as they should be")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
