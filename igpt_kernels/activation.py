@@ -18,7 +18,7 @@ def quick_gelu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") 
     Args:
         x: [..., C], float16, bfloat16, float32 or float64; any strides.
         bias: [C], for a linear layer that left its own to this function; its dtype may differ from that of x (float64 goes
-            with float64 only), the result has the dtype of x all the same.
+            with float64 only); the result has the dtype of x all the same.
         backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (a few passes of torch, any device) or
             ``"reference"`` (eager). A name never falls back; `igpt_kernels.explain` says what auto takes.
 
@@ -33,8 +33,8 @@ def quick_gelu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") 
     The backward pass is deterministic, bit for bit, the bias's gradient too (partial sums in float32 in a fixed order).
 
     Cost: bound by memory: reads x once and writes once, backward reads twice and writes once. Kept for the backward pass: x
-    and bias; the sigmoid is computed again, plain torch keeps it. Inputs whose rows do not lie at one distance from each
-    other, or whose values are not adjacent, are copied first. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    and bias; the sigmoid is computed again, plain torch keeps it. Inputs are copied first if their rows are not at one
+    distance, or their values not adjacent. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
     x = check_rows(x)
     if bias is not None:

@@ -34,8 +34,8 @@ def flash_attention(
 ) -> Tensor:
     """Softmax attention: ``out[i] = sum_j softmax_j(scale * q[i].k[j]) v[j]`` over the visible keys j.
 
-    With `causal`, query i sees key j when ``j <= i + Tk - Tq`` (the lower-right corner of the score matrix), so that a
-    chunk of queries at the end of a cache sees everything before it::
+    With `causal`, query i sees key j when ``j <= i + Tk - Tq`` (the lower-right corner of the score matrix). So a chunk of
+    queries at the end of a cache sees everything before it::
 
         Tq=2 Tk=4:  1 1 1 0      Tq=4 Tk=2:  0 0
                     1 1 1 1                  0 0
@@ -50,7 +50,7 @@ def flash_attention(
         v: values [B,H,Tk,D].
         causal: hide the future; False lets every query see every key.
         scale: factor of the scores; ``1/sqrt(D)`` when None.
-        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (torch's flash kernel on the CPU,
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA); ``"torch"`` (torch's flash kernel on the CPU,
             scaled_dot_product_attention elsewhere) or ``"reference"`` (eager, Tq x Tk scores in memory). A name never
             falls back; `igpt_kernels.explain` says what auto takes and why.
 
@@ -106,7 +106,7 @@ def block_sparse_attention(
         v: values [B,H,T,D].
         layout: the pattern, from `igpt_kernels.layouts`: one for all heads, or a sequence of H.
         scale: factor of the scores; ``1/sqrt(D)`` when None.
-        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (tiles gathered into batches of small
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA); ``"torch"`` (tiles gathered into batches of small
             attentions, any device) or ``"reference"`` (eager, T x T scores in memory). A name never falls back.
 
     Returns:

@@ -1,7 +1,7 @@
 """Sparse patterns as lists of tiles: what the block-sparse kernels read. Built from a layout without any T x T tensor.
 
-Each part of a pattern sees the tokens as a grid with rows of `pitch` tokens, and cuts it into tiles of rows x cols tokens,
-one shape for queries and one for keys. Element i of a tile with first token f is token ``f + i // cols * pitch + i % cols``.
+A part of a pattern sees the tokens as a grid with rows of `pitch` tokens. It cuts it into tiles of rows x cols tokens; one
+shape for queries and one for keys. Element i of a tile with first token f is token ``f + i // cols * pitch + i % cols``.
 A pair of tiles is *full* when every pair of its elements is visible; else it has a mask, a tile of bits. Masks with equal
 bits are kept once: a translation-invariant pattern has a handful.
 """

@@ -3,7 +3,7 @@
 Positions are raster positions of an h x w image: token i is row i // w, column i % w. Patterns are raster-causal unless
 ``causal=False``: key <= query, so all pixels of earlier rows that a pattern allows are visible, also those to the right.
 
-A pattern is a `Box` (intervals of row and column differences), a `Predicate` (any function), or a union or intersection of
+A pattern is a `Box` (intervals of row and column differences), a `Predicate` (any function); or a union or intersection of
 patterns. Strided and fixed patterns follow Child et al. 2019 ("Generating Long Sequences with Sparse Transformers").
 """
 
@@ -166,7 +166,7 @@ class SparseLayout:
         return sum(lists.touched_pairs for lists in self.block_lists()) / (self.tokens * (self.tokens + 1) / 2)
 
     def prefix(self, tokens: int) -> SparseLayout:
-        """The same pattern over the first `tokens` tokens, as the first half of an image needs it before it is completed.
+        """The same pattern over the first `tokens` tokens, as the first half of an image needs it.
 
         Raises:
             ValueError: not from 1 to the image's tokens.
@@ -176,7 +176,7 @@ class SparseLayout:
         return self if tokens == self.tokens else replace(self, tokens=tokens)
 
     def with_tile(self, rows: int, cols: int) -> SparseLayout:
-        """The same pattern, cut into tiles of rows x cols tokens (both scaled where a kernel's blocks are larger or smaller).
+        """The same pattern, cut into tiles of rows x cols tokens, scaled to the blocks of a kernel.
 
         Raises:
             ValueError: rows or cols no power of two, or rows x cols not from 16 to 128.

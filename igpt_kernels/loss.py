@@ -34,7 +34,7 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over the rows that count (NaN where none does, as F.cross_entropy has it, with zero gradients),
             ``"sum"``, or ``"none"``.
         z_loss: factor of the squared lse, 0 or more.
-        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA), ``"torch"`` (some rows at a time, any device) or
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA); ``"torch"`` (some rows at a time, any device) or
             ``"reference"`` (eager, all logits in memory). A name never falls back.
 
     Returns:
@@ -52,9 +52,9 @@ def linear_cross_entropy(
     true float32; the two products of its backward pass follow torch's setting for TF32, which is off by default.
 
     Cost: 2·M·C·V floating point operations, M rows, and twice that backward (Triton computes the logits again: three times;
-    torch makes both gradients in the forward pass of ``"mean"`` and ``"sum"``, where grad mode is on, and in that of every
+    torch makes both gradients in the forward pass of ``"mean"`` and ``"sum"``, where grad mode is on; and in that of every
     further backward call). Memory beyond inputs and gradients: 4 MiB of logits on the CPU, 16 MiB on a GPU (twice that in
-    float32), float32 sums of weight's gradient, and a few values a row.
+    float32); float32 sums of weight's gradient, and a few values a row.
     """
     hidden, weight = autocast(hidden, weight)
     hidden, weight, target = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)

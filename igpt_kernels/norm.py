@@ -26,7 +26,7 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square norm of each row: ``s * rsqrt(mean(s^2) + eps) * weight``, with ``s = x`` or ``x + residual``.
 
-    Half dtypes are computed in float32; the normed row is rounded to the dtype of s, and the product with the weight to the
+    Half dtypes are computed in float32; the normed row is rounded to the dtype of s; the product with the weight to the
     dtype that both promote to. So float32 weights give float32 rows, as in Image GPT's own code, whose residual stream
     torch.autocast leaves in float32: autocast casts nothing here.
 
@@ -35,12 +35,12 @@ def rms_norm(
         weight: [C]. Its dtype may differ from that of x (float64 goes with float64 only).
         eps: added to the mean of the squares; not negative.
         residual: of the shape of x, added first; its dtype may differ too.
-        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA, C up to 8192), ``"torch"`` (a few passes of torch,
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA, C up to 8192); ``"torch"`` (a few passes of torch,
             any device) or ``"reference"`` (eager). A name never falls back; `igpt_kernels.explain` says what auto takes.
 
     Returns:
-        [..., C], contiguous; with a residual, that and s (in the dtype that x and residual promote to), which is what the
-        next layer adds to. Gradients flow through both.
+        [..., C], contiguous; with a residual, that and s (in the dtype that x and residual promote to); the next layer adds to
+        it. Gradients flow through both.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named in the message.
@@ -50,8 +50,8 @@ def rms_norm(
     The backward pass is deterministic, bit for bit, the weight's gradient too (partial sums in float32 in a fixed order).
 
     Cost: bound by memory: reads x once and writes once, backward reads twice and writes once. Kept for the backward pass:
-    s and one number a row; plain torch keeps two tensors, at half dtypes one of them in float32. Inputs whose rows do not
-    lie at one distance from each other, or whose values are not adjacent, are copied first. Zhang and Sennrich, "Root Mean
+    s and one number a row; plain torch keeps two tensors, at half dtypes one of them in float32. Inputs are copied first if
+    their rows are not at one distance, or their values not adjacent. Zhang and Sennrich, "Root Mean
     Square Layer Normalization", 2019.
     """
     x = check_rows(x)

@@ -1,8 +1,8 @@
 """Exact colour quantisation: the nearest of V palette colours for every pixel, at the price of one table read.
 
-The answer for the pixel (r, g, b) is the entry (R, G, B) with the least (r-R)² + (g-G)² + (b-B)², evaluated in float64 in that
-order; of equal distances the lowest index wins. There are only 2²⁴ different pixels, so a palette is turned into a table
-of all answers once; after that a lookup costs the same for 2 and for 65,536 colours. Every backend gives the same bits.
+The answer for a pixel (r, g, b) is the entry (R, G, B) with the least (r-R)² + (g-G)² + (b-B)². The sum is taken in float64,
+in that order; of equal distances the lowest index wins. There are only 2²⁴ different pixels, so a palette is turned into a
+table of all answers once; after that a lookup costs the same for 2 and for 65,536 colours. Every backend gives the same bits.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _MAX_VALUE = float(1 << 20)
 
 
 class PaletteTable:
-    """A palette of V colours and, made at the first lookup, the table of the nearest one to each of the 2²⁴ colours.
+    """A palette of V colours. At the first lookup the table of the nearest one to each of the 2²⁴ colours is made.
 
     Args:
-        colors: [V, 3] numbers (nested sequence, array or real tensor), 2 <= V <= 65536, on the 0..255 scale of uint8 pixels;
+        colors: [V, 3] numbers (nested sequence, array or real tensor), 2 <= V <= 65536; on the 0..255 scale of uint8 pixels;
             fractions and values outside 0..255 are allowed, up to ±2²⁰. Copied.
         backend: what makes the table and looks pixels up. ``"ext"`` is the compiled extension (tensors on the CPU and on
-            NVIDIA GPUs), ``"torch"`` is PyTorch operations (any device), ``"reference"`` tries every colour for every
+            NVIDIA GPUs); ``"torch"`` is PyTorch operations (any device); ``"reference"`` tries every colour for every
             pixel, without a table. ``"auto"`` takes ``"ext"`` if it is loaded for the device of the pixels, else
-            ``"torch"``. Asked for by name, a backend never falls back to another; and an extension that was not built is
-            built then, if there is a C++ compiler (10 to 30 s, once on a machine; IGPT_JIT=0 forbids it).
+            ``"torch"``. Asked for by name, a backend never falls back to another; and an extension that was not built is built
+            then, if there is a C++ compiler; (10 to 30 s, once on a machine; IGPT_JIT=0 forbids it).
 
     The table takes 32 MB on each device that pixels are looked up on, is made there, and cached here. For 512 colours it
     costs one core about 0.03 s with ``"ext"`` and 0.4 s with ``"torch"``; for 65,536, 0.3 s and 3 s. Palettes whose colours

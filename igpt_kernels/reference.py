@@ -12,7 +12,7 @@ from torch import Tensor
 def palette_lookup_reference(pixels: Tensor, colors: Tensor) -> Tensor:
     """The nearest palette colour of each pixel, by trying them all.
 
-    The distance of the pixel (r, g, b) to the colour (R, G, B) is (r-R)² + (g-G)² + (b-B)², evaluated in float64 in that
+    The distance of a pixel (r, g, b) to a colour (R, G, B) is (r-R)² + (g-G)² + (b-B)². The sum is taken in float64, in that
     order; of equal distances the lowest index wins.
 
     Args:
@@ -118,8 +118,8 @@ def rms_norm_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The oracle of the norm: ``s·rsqrt(mean(s²) + eps)·weight`` of each row of s = x (+ residual), eager.
 
-    Half dtypes are computed in float32, and the normed row is rounded to the dtype of s before the weight multiplies it, as
-    Image GPT's own code does.
+    Half dtypes are computed in float32. The normed row is rounded to the dtype of s before the weight multiplies it, as Image
+    GPT does.
 
     Args:
         x: [..., C].

@@ -1,7 +1,7 @@
 """Tools for tests and benchmarks of kernels: error budgets, inputs in awkward memory, poisoned allocation.
 
-The tolerance of a test is never chosen by hand. It is the error that plain PyTorch makes at the same dtype, measured
-against float64 on the same inputs, times a small factor, plus one rounding.
+The tolerance of a test is never chosen by hand. It is the error that plain PyTorch makes at the same dtype, times a small
+factor, plus one rounding. It is measured against float64 on the same inputs.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def poisoned_memory() -> Iterator[None]:
 class GuardBands:
     """While active, every CPU ``torch.empty`` lies between two bands that must not be written; `check` looks at them.
 
-    The Triton interpreter writes through raw pointers and beyond a tensor's end without a word, so outputs of kernels are
-    allocated with guards in their tests.
+    The Triton interpreter writes through raw pointers and beyond a tensor's end without a word. So tests allocate the outputs
+    of kernels with guards.
     """
 
     BAND = 256

@@ -2,7 +2,7 @@
 
 Autotuning while a program runs lets the ranks of one job disagree (NVIDIA/Megatron-LM#6966) and hides wrong results; here
 a table decides, and ``make tune`` writes a new one. Files are `configs/<name>.json`: one for each family of chips, one
-`default` that fits every chip from compute capability 8.0 on, and, after ``make tune``, one for a device by name.
+`default` that fits every chip from compute capability 8.0 on; after ``make tune`` one for a device by name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Plain words: no metaphors of the list below in code, tests and documents, and short sentences in the pages about rules."""
+"""Plain words: no metaphors of the list below in code, tests and documents, short sentences in docstrings and pages."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +16,8 @@ INSTEAD = {
     "nobody": "name who is meant", "somebody": "name who is meant", "affair": "say what depends on it", "luck": "chance",
     "mended": "fixed, corrected", "inhabits": "is in", "travels": "is sent",
 }  # fmt: skip
+LONGEST = 20
+"""Words of a sentence, or of a part of one between colons and semicolons."""
 SUFFIXES = (".py", ".md", ".cpp", ".h", ".cu", ".toml", ".txt")
 HERE = "tests/test_words.py"
 
@@ -46,16 +49,35 @@ def test_words_of_the_field(word: str) -> None:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a page, without code, tables, headings and links' targets; items of lists are sentences too."""
+    """The parts of sentences between stops, colons and semicolons; items of lists are sentences too. Code is no words."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", text)).replace("**", "")
-    blocks = re.split(r"\n\s*\n|\n(?=[-*] )", text)
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"``[^`]*``|`[^`]*`", "code", text)).replace("**", "")
+    blocks = re.split(r"\n\s*\n|\n(?=\s*[-*] )|\n(?=\s*[\w, ]+: )|\n(?=\S+ {2,}\S)", text)
     kept = [" ".join(block.split()) for block in blocks if not block.lstrip().startswith(("#", "|", "<"))]
     return [part for block in kept for part in re.split(r"(?<=[.:;!?])\s+", block) if part]
 
 
+def too_long(text: str) -> list[str]:
+    """The parts with more than 20 words; a word has two letters or more, so that formulas do not count."""
+    return [one for one in sentences(text) if len(re.findall(r"[^\W\d_]{2}[\w-]*", one)) > LONGEST]
+
+
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "DESIGN.md"])
-def test_sentences_are_short(page: str) -> None:
-    """At most 20 words a sentence, or part of one between colons and semicolons."""
-    long = [one for one in sentences((ROOT / page).read_text(encoding="utf-8")) if len(one.split()) > 20]
+def test_sentences_of_pages_are_short(page: str) -> None:
+    long = too_long((ROOT / page).read_text(encoding="utf-8"))
     assert not long, "more than 20 words:\n" + "\n".join(long)
+
+
+@pytest.mark.parametrize("package", ["igpt", "igpt_kernels", "benchmarks", "tools"])
+def test_sentences_of_docstrings_are_short(package: str) -> None:
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            texts = [node.value.value] if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else []
+            found += [f"{path.relative_to(ROOT)}: {one}" for text in texts if isinstance(text, str) for one in too_long(text)]
+    assert not found, "more than 20 words:\n" + "\n".join(found)
+
+
+def test_long_sentences_are_seen() -> None:
+    assert too_long("Short: " + "word " * 21)
+    assert not too_long("One `" + "x " * 30 + "` and (a + b)² + c. " + "word " * 19 + "end.")

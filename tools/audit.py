@@ -1,10 +1,10 @@
 """What the compiler makes of every shipped kernel configuration, without a GPU: ``make audit``.
 
-Each launcher runs with real arguments, but its kernels are only compiled, for a chip that need not be here, so what is
-audited is what would be launched. A row fails on a spill (local memory), on more shared memory than the chip gives a
-program, and on sm_90 when a 16-bit product is no warpgroup MMA, or when ptxas made the products wait for each other
+Each launcher runs with real arguments, but its kernels are only compiled, for a chip that need not be here. What is audited is
+what would be launched. A row fails on a spill (local memory); on more shared memory than the chip gives a program; on sm_90
+when a 16-bit product is no warpgroup MMA; or when ptxas made the products wait for each other
 (its warning C7515: then there are as many waits as products). Kernels that only move memory (norm, activation) fail where
-their loads and stores are not 16 bytes wide, or where fewer programs fit on a multiprocessor than are launched for it.
+their loads and stores are not 16 bytes wide; or where fewer programs fit on a multiprocessor than are launched for it.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def audit(table: str, kernel: str, bits: int, size: int, config: tuning.Config |
 
 
 def shipped_cases(tables: Sequence[str], all_bits: Sequence[int] = (16, 32)) -> Iterator[tuple[str, str, int, int]]:
-    """Every entry of the tables, at the size it is listed for, and those of Image GPT that a wider entry serves."""
+    """Every entry of the tables, at the size it is listed for; and those of Image GPT that a wider entry serves."""
     for table in tables:
         for kernel, by_bits in tuning.table(table).items():
             for bits, dims in ((int(bits), dims) for bits, dims in by_bits.items() if int(bits) in all_bits):

@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/palette.cu for every chip of the wheel, without a GPU: part of ``make audit``.
 
-A row fails on a spill or a stack frame, when the 16-byte loads or stores that a kernel needs are not in its machine code,
-and on a fused multiply-add in float64: it would round the distances of the table otherwise than the CPU does.
+A row fails on a spill or a stack frame; when the 16-byte loads or stores that a kernel needs are not in its machine code; on a
+fused multiply-add in float64: it would round the distances of the table otherwise than the CPU does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a GPU has to prove: ``make gpu`` (under six minutes) and ``make gpu PARTS="build bench summary"`` (under five).
 
-Parts, each with a limit on its time: `build` (the extension, in place, and beside it every variant of `tools.kernel_plan`
-compiled and checked), `plan` (those variants timed), `tests` (marked gpu), `sanitizer` (compute-sanitizer on small calls of
-every kernel), `bench` (the quick benchmarks), `summary` (targets beside what was measured). A part that fails or runs out of
-time costs that part. Everything goes to ``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json,
+Parts, each with a limit on its time: `build` (the extension in place; beside it every variant of `tools.kernel_plan` compiled
+and checked); `plan` (those variants timed); `tests` (marked gpu); `sanitizer` (compute-sanitizer on small calls of every
+kernel); `bench` (the quick benchmarks); `summary` (targets beside what was measured). A part that fails or runs out of time
+costs that part. Everything goes to ``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json,
 a log for each part, plan.jsonl, results.jsonl.
 """
 
@@ -105,7 +105,7 @@ def stop(child: subprocess.Popen[bytes], grace: float = 8.0) -> None:
 
 
 def run(part: Part, folder: Path, seconds: float) -> Outcome:
-    """Run the commands of a part into its log, each for an equal share of the time that is left, whatever became of others."""
+    """Run the commands of a part into its log, each for an equal share of the time left."""
     log = folder / f"{part.name}.log"
     start, failures, late = time.monotonic(), [], False
     environment = dict(os.environ)

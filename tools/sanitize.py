@@ -1,7 +1,7 @@
 """Small calls of every kernel: ``compute-sanitizer --tool memcheck python -m tools.sanitize``.
 
-Each shipped configuration of this GPU's table is launched once at odd sizes, so that the ends of tiles, rows and images are
-in play. Exit code 0 says that the calls ran and gave finite numbers; what they touched is for the sanitizer to judge.
+Each shipped configuration of this GPU's table is launched once at odd sizes: the ends of tiles, rows and images are in play.
+Exit code 0 says that the calls ran and gave finite numbers; what they touched is for the sanitizer to judge.
 """
 
 from __future__ import annotations

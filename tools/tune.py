@@ -24,7 +24,7 @@ CHECKED_ROWS = 500
 
 
 def prepared(kernel: str, bits: int, size: int, device: str) -> tuple[Call, Call, list[Tensor], list[Tensor]]:
-    """A small call to check a candidate with and a large one to time it, and what the small one should give: exact, eager."""
+    """A small call to check a candidate with, a large one to time it; what the small one should give: exact, eager."""
     entry = KERNELS[kernel]
     few, many = (
         entry.operation.inputs(size, rows, DTYPES[bits], device, 0) for rows in (CHECKED_ROWS, entry.operation.timed_rows)

@@ -17,7 +17,7 @@ import torch
 FLUSH = 256 << 20
 """Bytes written before each timed call on a GPU: more than any L2 holds (H200: 60 MB)."""
 SHORT = 50e-6
-"""Seconds below which events time the launch as much as the work, so that a CUDA graph is timed as well."""
+"""Seconds below which events time the launch as much as the work: then a CUDA graph is timed as well."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def resident(field: str = "VmRSS", pid: int | str = "self") -> int | None:
 
 
 def give_back_freed() -> None:
-    """Hand memory that was freed back to the system, so that it is not taken for memory in use (glibc only)."""
+    """Hand freed memory back to the system, so that it is not taken for memory in use (glibc only)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
 """A case in a process of its own: what happens inside, and the watch that is kept over it.
 
-Children are forked from a server that has loaded torch once, so that a case costs no start-up, and none inherits what
-another left behind. A child sends its rows as they come; whatever becomes of it, the parent has a reason.
+Children are forked from a server that has loaded torch once. So a case costs no start-up, and none inherits what another left
+behind. A child sends its rows as they come; whatever becomes of it, the parent has a reason.
 """
 
 from __future__ import annotations

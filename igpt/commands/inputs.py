@@ -86,7 +86,7 @@ def open_model(source: str, device: str, kernels: str) -> ImageGPT:
 def images_to_complete(options: ImagesToComplete, model: ImageGPT) -> Array:
     """At most ``options.images`` images uint8 [N, h, w, 3], or tokens int64 [N, T], drawn at random by the seed.
 
-    When the model is a run that was trained on this very source, they come from the part that the run held out.
+    If the model is a run trained on this very source, they come from the part that it held out.
 
     Raises:
         ConfigError, DataError: a source that cannot be read, or does not fit to the model.
@@ -100,7 +100,7 @@ def images_to_complete(options: ImagesToComplete, model: ImageGPT) -> Array:
 
 
 def images_to_probe(options: ImagesToProbe, model: ImageGPT) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
-    """(images or tokens, labels) to learn from, and to test on where the source has a test part of its own (else None).
+    """(images or tokens, labels) to learn from; and to test on, where the source has a test part of its own (else None).
 
     With ``options.max_images``, that many are drawn at random by the seed; a source with a test part of its own then gives
     the share ``options.test_fraction`` of them from that. A damaged image that the source replaces by another is left out,
@@ -161,7 +161,7 @@ def _read(source: Source, chosen: npt.NDArray[np.int64]) -> tuple[Array, npt.NDA
 
 
 def _held_out(options: ImagesToComplete) -> tuple[str, float, int]:
-    """split, val_fraction and seed of the images that the model was not trained on, as far as its run folder tells."""
+    """split, val_fraction and seed of the images that the model was not trained on; its run folder tells."""
     from igpt.training.run_folder import CONFIG, read_config
 
     folder = Path(options.model)

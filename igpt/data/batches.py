@@ -26,10 +26,10 @@ CACHE_BYTES = 512 * 1024 * 1024
 class TokenBatches:
     """Draws batches of tokens from a source, epoch after epoch (`order`), without state.
 
-    ``batch(step)`` holds draws step x B .. step x B + B - 1, so a run that continues at a step sees what it would have seen.
+    ``batch(step)`` holds draws step x B .. step x B + B - 1, so a run that continues sees what it would have seen.
     With a source opened for augmentation the crop of each draw is a pure function of (seed, draw).
 
-    Images are decoded and encoded when first needed and their tokens kept (up to 512 MB in all, not with augmentation). For
+    Images are decoded and encoded when first needed. Their tokens are kept (up to 512 MB in all, not with augmentation). For
     picture files the next batch is prepared by one thread while the present one is used; the batches are the same.
 
     Args:

@@ -89,7 +89,7 @@ def load_cifar(form: CifarFormat, path: Path, split: str) -> tuple[NDArray[np.ui
 
     Args:
         form: `CIFAR10` or `CIFAR100`.
-        path: the unpacked folder, the folder that holds it or the .tar.gz, or the .tar.gz itself (read member by member
+        path: the unpacked folder, the folder that holds it or the .tar.gz; or the .tar.gz itself (read member by member
             in memory; nothing is unpacked to disk).
         split: "train", "val" or "all" (train, then test).
 

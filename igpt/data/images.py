@@ -72,8 +72,8 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: width x height above this is refused from the header, before any pixel is decoded.
 
     Raises:
-        DataError: the file is missing, not a picture, truncated, damaged, too large, or of a pixel format without a
-            stated range (32-bit float or integer beyond 16 bits). The message names the file. No other exception leaves.
+        DataError: the file is missing, not a picture, truncated, damaged, too large; or of a pixel format without a stated
+            range (32-bit float or integer beyond 16 bits). The message names the file. No other exception leaves.
     """
     if regular_size(path) > MAX_BYTES:
         raise DataError(f"{path}: larger than {MAX_BYTES:,} bytes")
@@ -124,15 +124,15 @@ def crop_and_resize(
 
     For a square target this is the paper's recipe (Chen et al. 2020, section 3.2): the shorter side is reduced to 224,
     the middle 224 x 224 cut out and reduced to the target. With `crop`, training's: the shorter side is reduced to a
-    random whole number in 256..384 and the 224 x 224 are cut at a random place. Generalised so:
+    random whole number in 256..384; the 224 x 224 are cut at a random place. Generalised so:
 
     * 224 becomes the target's shorter side where that is larger (with 256..384 in proportion).
     * A target that is not square gets the largest cut of its shape; "shorter side" is then that of the cut.
     * A picture smaller than 224 is not enlarged first: the same share of it is cut at its own resolution. So a picture
       that has the target's size already comes back unchanged when there is no `crop`.
 
-    The paper does not state its filters. Here: bicubic with anti-aliasing (Pillow) down to the cut, and then the box filter
-    to the target, because a token then is the plain mean of the area it stands for, without ringing that would put
+    The paper does not state its filters. Here: bicubic with anti-aliasing (Pillow) down to the cut, and then the box filter to
+    the target. A token then is the plain mean of the area it stands for, without ringing; that would put
     colours into the palette that no picture has. Where the last step must enlarge, bicubic.
 
     Args:

@@ -75,7 +75,7 @@ def open_source(
     Args:
         spec: the name.
         height, width: size of the images, both or neither. Neither takes the source's own: 8 x 8 for digits, 32 x 32 for
-            CIFAR, the first picture's in a folder if no side exceeds 256 (then a picture of another size counts as damaged).
+            CIFAR; the first picture's in a folder if no side exceeds 256 (then a picture of another size counts as damaged).
             Pictures are cut to shape and resized as `igpt.data.images.crop_and_resize` says.
         split: "train", "val" (the images held out) or "all".
         val_fraction: share held out, in [0, 1). CIFAR holds out its test part instead.

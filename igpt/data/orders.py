@@ -32,7 +32,7 @@ def order(n: int, seed: int, first: int, count: int) -> NDArray[np.int64]:
         ConfigError: n below 1, or another argument below 0.
 
     Cost:
-        O(count), plus one permutation for an epoch that is not among the last four (30 ms for n = 1.3 million).
+        O(count), plus one permutation for an epoch that is not among the last four; (30 ms for n = 1.3 million).
     """
     if n < 1 or min(seed, first, count) < 0:
         raise ConfigError(f"order needs n >= 1 and seed, first, count >= 0; got {n}, {seed}, {first}, {count}")
@@ -56,7 +56,7 @@ def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def split_indices(n: int, split: str, val_fraction: float, seed: int) -> NDArray[np.int64]:
     """Sorted indices of one part of `n` images: a pure function of (n, seed, val_fraction).
 
-    A share of round(n x val_fraction) images, at least one where the fraction is above 0 and n above 1, is drawn at random
+    round(n x val_fraction) images (at least one if the fraction is above 0 and n above 1) are drawn at random
     for "val"; "train" is the rest and "all" is everything.
 
     Raises:

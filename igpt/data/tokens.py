@@ -1,7 +1,7 @@
-"""Token files: rows of palette tokens in a .npy, memory-mapped, with what they mean in a .json of the same name beside it.
+"""Token files: rows of palette tokens in a .npy, memory-mapped; what they mean is in a .json of the same name beside it.
 
-`igpt tokenize` writes NAME.npy (uint8 or uint16 [n, T]), NAME.json (height, width, vocab, classes, and the palette as
-"clusters" in the form of a preprocessor_config.json) and, where the images had labels, NAME.labels.npy (int64 [n]). Only the
+`igpt tokenize` writes NAME.npy (uint8 or uint16 [n, T]); NAME.json (height, width, vocab, classes, and the palette as
+"clusters" in the form of a preprocessor_config.json); and, where the images had labels, NAME.labels.npy (int64 [n]). Only the
 .npy is needed to read them.
 """
 

@@ -7,7 +7,7 @@ with ``numpy.random.default_rng(s)``, each class by itself (stratified); where a
 The paper states neither its standardisation nor its L2 strength.
 
 A ``bert`` model must see masked pixels in evaluation too (same section): each image is given `igpt.evaluation.features.VOTES`
-fixed random masks, the regression learns from the first, and its class probabilities are averaged over all.
+fixed random masks. The regression learns from the first. Its class probabilities are averaged over all.
 
 Letters: N images, L layers, C width, S splits.
 """

@@ -1,4 +1,4 @@
-"""Drawing images from a model, pixel by pixel with a key/value cache, and completing images of which a part is kept.
+"""Drawing images from a model, pixel by pixel with a key/value cache, and images of which a part is kept.
 
 Letters: n drawn images, N given images, T = h·w pixels in raster order, V colours, B images drawn at once.
 """
@@ -41,8 +41,9 @@ def sample(
     Image i is drawn with random numbers that depend on `seed` and i alone: neither the batch size nor `n` changes it.
     (Only the rounding of the logits, which may differ with the batch size, can tip a draw: 7 in ten million pixels for the
     `tiny` model with 512 colours in float32.)
-    With both `top_k` and `top_p`, the k likeliest colours are renormalised before `top_p` is applied. Ties go to the
-    lower token. No global random state is read or changed, and the model's training mode is put back.
+
+    With both `top_k` and `top_p`, the k likeliest colours are renormalised before `top_p` is applied. Ties go to the lower
+    token. No global random state is read or changed, and the model's training mode is put back.
 
     Args:
         model: with objective ``ar``.
@@ -90,7 +91,7 @@ def complete(
     Args:
         model: with objective ``ar``; needs a palette when images are given.
         images_or_tokens: images, uint8 [N, h, w, 3] or [h, w, 3]; or tokens, integers [N, T] or [T].
-        keep: what stays: ``"top-half"`` (h // 2 rows), ``"rows:N"``, ``"pixels:N"`` (the first N in raster order), or
+        keep: what stays: ``"top-half"`` (h // 2 rows), ``"rows:N"``, ``"pixels:N"`` (the first N in raster order), ; or
             booleans [h, w] or [T], True = stays.
         n: completions of each image.
         temperature, top_k, top_p, seed, batch_size, progress: as in `sample`.

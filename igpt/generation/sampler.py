@@ -55,7 +55,7 @@ class TokenSampler:
     The colour with the least E_v / p_v is drawn, where the E_v are exponential with mean 1: it is v with probability p_v.
     A change of the p by rounding then changes the winner with a probability of that change's size. The inverse of the
     cumulative distribution, with one random number for a pixel, adds the changes up over the colours: with float32 logits
-    of batch sizes 1 and 64 (`tiny`, 512 colours, CPU), 65 pixels in a million differed instead of 0.7.
+    of batch sizes 1 and 64 (`tiny`, CPU), 65 pixels in a million differed instead of 0.7.
 
     Raises:
         ConfigError: temperature, top_k or top_p out of range.

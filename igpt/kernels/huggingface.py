@@ -1,11 +1,11 @@
 """Hugging Face's ImageGPT modules, and what runs in place of their forward while a swap stands.
 
 transformers is never imported here: its modules are known by their classes once other code has imported them. What is set
-is one attribute of each instance, `forward`, which torch.compile guards (an instance's other methods and the class are not
-followed on torch 2.11); it asks `igpt.kernels.state` on every call, and goes the original way whenever the kernel cannot run.
+is one attribute of each instance, `forward`, which torch.compile guards. An instance's other methods and the class are not
+followed on torch 2.11; it asks `igpt.kernels.state` on every call, and goes the original way whenever the kernel cannot run.
 
 Known ways in which the port differs from Image GPT: sqrt(D) was truncated to an integer by transformers 5.17 (huggingface/
-transformers#47468), each attention keeps its causal mask as a buffer of n_positions² bytes, and norms compute in the dtype of
+transformers#47468); each attention keeps its causal mask as a buffer of n_positions² bytes; norms compute in the dtype of
 their input.
 """
 

@@ -1,7 +1,7 @@
 """The settings that say which kernels a model runs: `igpt.kernels.use` writes them, models read them at call time.
 
 A module asks `active(module, op)` in its forward: the answer is None (plain PyTorch) or a backend's name for the kernel
-library. Nothing is patched: settings are plain attributes and module-level dictionaries, which torch.compile guards, so a
+library. Nothing is patched: settings are plain attributes and module-level dictionaries, which torch.compile guards. So a
 compiled model follows a swap (measured on torch 2.11 and 2.13; patched methods and classes do not). Modules of Hugging Face's
 ImageGPT do not ask; `igpt.kernels.huggingface` gives each an instance `forward` that does.
 

@@ -149,7 +149,7 @@ def _facts(model: nn.Module | None, modules: Mapping[Any, str]) -> _Facts:
 
 
 def _choose(op: str, request: Request, facts: _Facts) -> tuple[str | None, str, str]:
-    """The setting for a request, what it comes to, and why that is not what was asked for or not the best."""
+    """The setting for a request, what it comes to, and why that is not what was asked or the best."""
     if request is False or request == "off":
         return None, "plain", "switched off"
     table = facts.explain(op)
@@ -197,15 +197,15 @@ def use_kernels(
 
     ``use_kernels()`` sets the process default, for every igpt model built already or later. ``use_kernels(model)`` sets one
     model, which then ignores the default: an `igpt.ImageGPT`, or Hugging Face's ``ImageGPTModel``,
-    ``ImageGPTForCausalImageModeling`` or ``ImageGPTForImageClassification``, as it is or wrapped by torch.compile, DDP, FSDP2
-    or PEFT. ``with use_kernels(...):`` restores on exit, after exceptions too; regions may overlap and end in any order. A
+    ``ImageGPTForCausalImageModeling`` or ``ImageGPTForImageClassification``. It may be wrapped by torch.compile, DDP, FSDP2 or
+    PEFT. ``with use_kernels(...):`` restores on exit, after exceptions too; regions may overlap and end in any order. A
     per-model setting overrides the process default; among equals the newest that stands wins.
 
     Settings belong to the model or to the process, not to a thread: autograd runs backward on threads of its own. Threads that
     want different settings use different models. Copies and pickles of an igpt model do not take its settings along.
 
-    A call that a kernel cannot serve (Hugging Face's ``output_attentions``, padding, cross attention, dropout on the weights
-    while training) goes the original way; the report counts it with its reason, and a warning says it once.
+    A call that a kernel cannot serve goes the original way (``output_attentions``, padding, cross attention, dropout on the
+    weights); the report counts it with its reason, and a warning says it once.
 
     Args:
         model: the model, or None for the process default.
@@ -225,7 +225,7 @@ def use_kernels(
         other thread runs the model.
 
     Raises:
-        ConfigError: a value that is not a backend's name, `match_hf_scale` without such a model, or, when strict, a request
+        ConfigError: a value that is not a backend's name; `match_hf_scale` without such a model; or, when strict, a request
             that cannot be met (all reasons).
         TypeError: `model` has no Image GPT in it.
     """

@@ -1,6 +1,6 @@
 """Models on disk in Hugging Face ImageGPT format: config.json, model.safetensors, preprocessor_config.json.
 
-Reads what transformers writes (old files with mask buffers, sharded ones, fine-tuned ones with biases), and writes what
+Reads what transformers writes (old files with mask buffers, sharded ones, fine-tuned ones with biases). Writes what
 ``transformers.ImageGPTForCausalImageModeling.from_pretrained`` loads with equal logits. Nothing is unpickled.
 """
 

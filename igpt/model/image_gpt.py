@@ -1,7 +1,7 @@
 """Image GPT: a GPT-2-like transformer over palette tokens in raster order (Chen et al. 2020), as released.
 
-What differs from GPT-2: a root-mean-square norm without mean or bias, no biases at all, x·sigmoid(1.702x) as activation,
-an output matrix that is not tied to the embedding and starts at zero, and a learned start vector in front of the tokens
+What differs from GPT-2: a root-mean-square norm without mean or bias, no biases at all, x·sigmoid(1.702x) as activation; an
+output matrix that is not tied to the embedding and starts at zero; a learned start vector in front of the tokens
 (github.com/openai/image-gpt, model.py).
 
 Letters: B batch, T tokens = h·w, C width, H heads, D = C/H head dim, V colours, L layers.
@@ -283,7 +283,7 @@ class ImageGPT(state.Swappable, nn.Module):
         """What a linear probe classifies: the mean over positions of the input of block `layer`'s attention.
 
         ``f[l] = mean_T(norm(h[l]; ln_1 of block l))`` for l < L and ``mean_T(norm(h[L]; ln_f))`` for l = L (paper, section
-        2.4, and the footnote of the blog post).
+        2.4; footnote of the blog post).
 
         Args:
             tokens: int64 [B,T].
@@ -323,8 +323,8 @@ class ImageGPT(state.Swappable, nn.Module):
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Feed known pixels, get the distribution of the next one.
 
-        An empty cache takes the start vector first, so ``decode(tokens[:, :0], cache)`` gives the logits of pixel 0, and
-        the cache then holds one position more than pixels were fed.
+        An empty cache takes the start vector first, so ``decode(tokens[:, :0], cache)`` gives the logits of pixel 0. The cache
+        then holds one position more than pixels were fed.
 
         Args:
             tokens: int64 [B,n], the pixels that follow those fed before; n may be 0 at the very start only.

@@ -132,11 +132,11 @@ class Palette(state.Swappable):
     ) -> Palette:
         """Learn k colours by k-means (scikit-learn) from the pixels of images.
 
-        The different colours, weighted by how often they occur, are clustered: k-means++ start, then Lloyd iterations until
+        The different colours, weighted by how often they occur, are clustered: k-means++ start, then Lloyd iterations; until
         ten of them lower the squared error by less than 0.1 %, at most 100. One step in exact arithmetic ends it: each colour
         is the mean of its pixels. Of exactly k different colours, those are the palette. Sorted from dark to bright by
-        0.299 R + 0.587 G + 0.114 B, then by R, G, B. The same arguments give the same palette on one machine (k-means uses
-        two threads at most, because the partial sums of more would be added in any order).
+        0.299 R + 0.587 G + 0.114 B, then by R, G, B. The same arguments give the same palette on one machine . k-means uses
+        two threads at most: the partial sums of more would be added in any order.
 
         Args:
             images: uint8 [...,3].
@@ -202,8 +202,8 @@ class Palette(state.Swappable):
         """Write `preprocessor_config.json` into a folder (made if missing), replacing it in one step.
 
         transformers' ImageGPT image processor reads it and then makes the same tokens. Its "size" is height x width, here
-        or as the palette was read; with neither known, do_resize is false, because the processor's own 256 x 256 would be
-        more tokens than most models have positions.
+        or as the palette was read; with neither known, do_resize is false: the processor's own 256 x 256 would be more tokens
+        than most models have positions.
 
         Raises:
             DataError: the file cannot be written.

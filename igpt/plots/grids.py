@@ -30,7 +30,7 @@ WIDTH, HEIGHT = 900, 3000  # pixels that an automatic enlargement aims at, and d
 def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
     """Images side by side, row by row, each pixel enlarged to a square of `scale` x `scale`.
 
-    Pixel (y, x) of image i, at row r = i // columns and column c = i % columns, covers the square that starts at
+    Pixel (y, x) of image i (row r = i // columns, column c = i % columns) covers the square that starts at
     ``((r * (h + pad) + pad + y) * scale, (c * (w + pad) + pad + x) * scale)``.
 
     Args:

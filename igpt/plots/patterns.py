@@ -45,8 +45,8 @@ def block_view(lists: BlockLists) -> npt.NDArray[np.int64]:
 
 
 def reach(first: SparseLayout, second: SparseLayout) -> float:
-    """The share of the causal triangle that is seen through two layers: pairs (i, k) with a pixel j that i sees in the second
-    layer and that sees k in the first. Costs a product of two T x T matrices.
+    """The share of the causal triangle that is seen through two layers: pairs (i, k) with a pixel j: i sees j in the second
+    layer, and j sees k in the first. Costs a product of two T x T matrices.
     """
     both = second.dense_mask().float() @ first.dense_mask().float()
     return float(both.count_nonzero()) / (first.tokens * (first.tokens + 1) / 2)

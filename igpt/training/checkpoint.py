@@ -6,7 +6,7 @@
     state.json          what the training loop needs to go on: step, random states, results so far
     COMPLETE            JSON: size and SHA-256 of every other file; written last
 
-A checkpoint is written into a temporary folder beside its place, every file and the folder are flushed to the disk, and the
+A checkpoint is written into a temporary folder beside its place. Every file and the folder are flushed to the disk. Then the
 folder is renamed. Nothing is ever unpickled.
 """
 
@@ -94,8 +94,8 @@ def resolve_model(source: Path | str) -> Path | str:
     """The folder to read a model from, for what a user may name as one.
 
     Args:
-        source: a run folder (gives its newest checkpoint), a checkpoint or any folder in Hugging Face format (gives
-            itself), or something that is no folder, such as a hub id (given back as it is; `ImageGPT.from_pretrained`
+        source: a run folder (gives its newest checkpoint), a checkpoint or any folder in Hugging Face format (gives itself);
+            or something that is no folder, such as a hub id (given back as it is; `ImageGPT.from_pretrained`
             knows what to do with it or says what is wrong).
 
     Raises:

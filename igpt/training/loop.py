@@ -1,8 +1,8 @@
 """The loop of a run: steps, validations, sample grids, checkpoints.
 
-There is no random state to save: which images make up a step, which pixels the bert objective hides and how pictures are
-cropped are pure functions of (seed, step), and weights are drawn once. So a run that was killed and resumed equals the one
-that was not, bit for bit on one machine with the same number of threads.
+There is no random state to save: images of a step, masked pixels of the bert objective and crops of pictures are pure
+functions of (seed, step). Weights are drawn once. So a run that was killed and resumed equals one that was
+not. Bit for bit, on one machine with the same number of threads.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def draw_mask(model: ImageGPT, seed: int, what: Purpose, step: int, images: int)
 
 
 def losses(model: ImageGPT, tokens: Tensor, mask: Tensor | None, size: int, *, bf16: bool) -> Iterator[Tensor]:
-    """The loss in parts of `size` images, weighted so that the parts (and their gradients) add up to that of all.
+    """The loss in parts of `size` images, weighted: the parts (and their gradients) add up to that of all.
 
     Args:
         model: computes ``model(tokens, tokens, mask=mask).loss``.

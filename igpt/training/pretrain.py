@@ -18,8 +18,8 @@ from igpt.training.signals import Signals, Stopped
 def pretrain(options: PretrainOptions, *, progress: bool = True) -> TrainResult:
     """Train a model, or go on training one, and keep everything about it in the folder ``options.out``.
 
-    Each step: the images of (seed, step) -> loss in nats per pixel, in `accumulate` parts whose gradients add up to that of
-    the whole batch -> stop if it or the gradient is not finite -> clip -> AdamW at `learning_rate` of the step. SIGTERM and
+    Each step: the images of (seed, step) -> loss in nats per pixel; in `accumulate` parts whose gradients add up to that of
+    the whole batch; -> stop if it or the gradient is not finite -> clip -> AdamW at `learning_rate` of the step. SIGTERM and
     SIGINT (in the main thread) end the run after the step under way, with a checkpoint; a second one kills as usual.
 
     Args:

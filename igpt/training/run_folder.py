@@ -59,7 +59,7 @@ CHANGEABLE = (
 class RunLock:
     """Context manager: this process alone writes into the folder (made if absent; removed again if left empty).
 
-    The lock is that of filelock, which the system drops when its process dies, so a dead owner's lock is free. The file `lock`
+    The lock is that of filelock, which the system drops when its process dies: a dead owner's lock is free. The file `lock`
     names pid, host and start of the process that holds it. A lock of another host stays valid: it may be a network folder
     on which locks do not work.
 
@@ -207,7 +207,7 @@ class Metrics:
 
     Args:
         run: run folder.
-        step: keep what is there up to this step and cut off the rest (also a line that a crash cut short); None starts
+        step: keep what is there up to this step, cut off the rest, also a line that a crash cut short; None starts
             an empty file.
         without: keys; a line of exactly `step` that has one of them is cut off too, because it will be written again.
 

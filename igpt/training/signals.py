@@ -18,8 +18,8 @@ class Stopped(BaseException):
 class Signals:
     """Context manager: the first SIGINT or SIGTERM sets `received` instead of killing; a second one does what it did before.
 
-    Handlers are installed in the main thread only (Python allows no other), leave an ignored signal ignored, and are put
-    back on exit.
+    Handlers are installed in the main thread only (Python allows no other). An ignored signal stays ignored. They are put back
+    on exit.
 
     Attributes:
         received: the signal's number, or None.

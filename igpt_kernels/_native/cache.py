@@ -1,8 +1,8 @@
 """Builds the compiled extension after the install, where a compiler has appeared since: `build()`.
 
 Nothing is compiled by surprise: `igpt info --build` and ``backend="ext"`` ask for it, an import and ``backend="auto"`` do not;
-IGPT_JIT=0 forbids it. The libraries go to a folder of the user's cache, named by what they were made from, and
-appear there in one step, so no process ever loads half a file.
+IGPT_JIT=0 forbids it. The libraries go to a folder of the user's cache, named by what they were made from. They appear there
+in one step, so no process loads half a file.
 """
 
 from __future__ import annotations

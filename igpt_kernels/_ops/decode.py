@@ -1,7 +1,7 @@
 """The registered operators of decoding: one query a sequence against a cache of keys, dense and with a layout.
 
-Their derivatives are eager: one query's weights are no larger than a column of the cache, and nothing saved from the forward
-pass but its inputs enters, so that differentiating once more is right too.
+Their derivatives are eager: one query's weights are no larger than a column of the cache. Nothing saved from the forward pass
+but its inputs enters, so that differentiating once more is right too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer by torch, some rows at a time, so that the logits of no more than those are in memory.
+"""Cross-entropy of a linear layer by torch, some rows at a time: the logits of no more than those are in memory.
 
 When only the summed loss is differentiated, gradients are computed in the forward pass, while the logits are in memory. The
 backward pass multiplies them by the sum's own gradient. That takes three products instead of four.
@@ -15,7 +15,7 @@ from igpt_kernels.tensors import accumulation_dtype
 def rows_at_once(vocab: int, device: torch.device) -> int:
     """Rows whose logits are in memory together: 2²⁰ logits on the CPU (4 MiB of float32), 2²³ on a GPU (16 MiB of bfloat16).
 
-    So few that they stay in a cache (50 MB of L2 in an H100), and so many that products and launches are worth it: 16,384
+    So few that they stay in a cache (50 MB of L2 in an H100); so many that products and launches are worth it: 16,384
     rows of 512 classes are two waves of 128 x 256 tiles on 132 multiprocessors.
     """
     return max(64, (1 << (20 if device.type == "cpu" else 23)) // vocab)

@@ -1,7 +1,7 @@
 """Exact nearest palette colours in PyTorch operations: the table of all 2²⁴ colours, and the lookup in it.
 
-The table is built as csrc/palette.cpp builds it: the colour cube is halved into cells of 4³ colours, each cell keeps the
-palette colours that can be nearest to some colour in it, and only those are evaluated. Here all cells of a level are
+The table is built as csrc/palette.cpp builds it: the colour cube is halved into cells of 4³ colours; each cell keeps the
+palette colours that can be nearest to some colour in it; only those are evaluated. Here all cells of a level are
 worked at once, as a flat list of (cell, candidate) pairs.
 """
 

@@ -1,6 +1,6 @@
 """Rows of a tensor in pieces: what norm and activation by torch share.
 
-On the CPU the rows are taken in pieces that stay in the cache between one torch operation and the next; elsewhere all at once.
+On the CPU the rows are taken in pieces that stay in the cache between torch operations; elsewhere all at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 _PIECE = 1 << 18
 """Values a thread takes at a time: 1 MiB of float32, the L2 cache of a core. The norm's backward takes 1.2 times as long
-with a quarter of that, 1.6 times in one piece (4096 x 1024, roughly: on a busy machine)."""
+with a quarter of that; 1.6 times in one piece (4096 x 1024, roughly: on a busy machine)."""
 
 
 def pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:

@@ -135,7 +135,7 @@ def _part_backward(
 
 @functools.lru_cache(maxsize=16)
 def _dense_bias(key: str) -> Tensor | None:
-    """The dense additive mask [1,T,T] of a layout where it is small and touched tiles are most of it, else None."""
+    """The dense additive mask [1,T,T] of a layout where it is small and mostly touched tiles, else None."""
     lists = layouts.lists_of(key, BLOCK, BLOCK)
     tokens = registered(key).tokens
     gathered = BLOCK_COST * BLOCK * BLOCK * sum(part.blocks for part in lists)

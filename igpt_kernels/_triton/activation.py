@@ -1,8 +1,8 @@
 """Image GPT's activation z·sigmoid(1.702·z), forward and backward, with the bias addition before it.
 
 Without a bias, tensors that lie in one piece are one long row. With one, a program takes a tile of rows and columns, and its
-piece of the bias once; backward, programs walk down their columns with a float32 sum of the bias gradients, and a second,
-small kernel adds those up. No atomics: the same bits in every run. Backward computes the sigmoid again from x.
+piece of the bias once; backward, programs walk down their columns with a float32 sum of the bias gradients. A second, small
+kernel adds those up. No atomics: the same bits in every run. Backward computes the sigmoid again from x.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the attention kernels share: device functions, and how their launchers cut a head, a grid and a device.
 
-Tile letters in the kernels: M rows of queries, N rows of keys. A head of D values is cut into two column parts, DA and DB,
-because tile sides must be powers of two: D = 96 is 64 + 32, which is 3/4 of the matrix work of 128. DB = 0 where one
+Tile letters in the kernels: M rows of queries, N rows of keys. A head of D values is cut into two column parts, DA and DB:
+tile sides must be powers of two. D = 96 is 64 + 32, which is 3/4 of the matrix work of 128. DB = 0 where one
 part is enough; every ``if DB > 0`` is decided when the kernel is compiled.
 """
 

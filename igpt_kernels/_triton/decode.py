@@ -118,7 +118,7 @@ def processors(device: torch.device) -> int:
 def count_splits(rows: int, keys: int, device: torch.device) -> int:
     """Splits of the keys: enough for four programs a processor, none shorter than 128 keys, at most 64.
 
-    An H100 reads 64 MiB of keys and values at 2.6 TB/s with four, at 2.3 TB/s with two (a copy moves 3.0 TB/s).
+    An H100 reads 64 MiB of keys and values at 2.6 TB/s with four; at 2.3 TB/s with two (a copy moves 3.0 TB/s).
     """
     return max(1, min(triton.cdiv(4 * processors(device), rows), triton.cdiv(keys, 128), MAX_SPLITS))
 

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer whose logits are never in memory: logits = hidden·weightᵀ, a tile at a time.
 
 Forward, one program owns some rows and walks over the classes with a running maximum and sum (as attention does). Backward,
-some thousand rows at a time: a kernel computes their logits once more and writes the gradient of the logits, 16 MiB of it, so
-that it stays in the L2 cache, and two products of torch's make of it dhidden and this part of dweight. With p = softmax::
+some thousand rows at a time: a kernel computes their logits once more and writes the gradient of the logits. 16 MiB of it stay
+in the L2 cache. Two products of torch's make of it dhidden and this part of dweight. With p = softmax::
 
     loss = lse - logit[target] + z·lse²      dlogit = grad·(p·(1 + 2·z·lse) - onehot(target))
 

@@ -1,7 +1,7 @@
 """Root-mean-square norm of rows, forward and backward (Zhang and Sennrich 2019), with the residual addition before it.
 
 A program takes whole rows, several where they are short, so that its threads have 16-byte loads in flight; widths that are
-no power of two are masked. Backward, as many programs as the chip holds walk over all rows, each with a float32 sum of its
+no power of two are masked. Backward, as many programs as the chip holds walk over all rows. Each keeps a float32 sum of its
 weight gradients; a second, small kernel adds those up. No atomics: the same bits in every run.
 
 With x̂ = s·rstd and g = dy·weight, over a row of C values::
@@ -106,7 +106,7 @@ def launch_rms_norm_forward(
         config: rows and warps of a program; the shipped ones for this device when None.
 
     Returns:
-        out [..., C] in the dtype that all three promote to, x + residual (None without a residual), and 1/rms [...] float32.
+        out [..., C] in the dtype that all three promote to; x + residual (None without a residual), and 1/rms [...] float32.
     """
     width = x.shape[-1]
     summed_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -150,7 +150,7 @@ def launch_rms_norm_backward(
         config: rows and warps of a program, and programs on a multiprocessor; the shipped ones for this device when None.
 
     Returns:
-        ds [..., C] in the dtype of s, the same in `narrow` (or None), and dweight [C] in the dtype of weight.
+        ds [..., C] in the dtype of s; the same in `narrow` (or None), and dweight [C] in the dtype of weight.
     """
     width = s.shape[-1]
     ds = torch.empty(*s.shape, dtype=s.dtype, device=s.device)

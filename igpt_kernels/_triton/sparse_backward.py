@@ -1,6 +1,6 @@
 """Block-sparse attention, backward: as `flash_backward`, two passes and no atomics, over the tiles that a pattern's lists name.
 
-One kernel walks the queries of a tile of keys (dK, dV), the other the keys of a tile of queries (dQ). Later parts of a
+One kernel walks the queries of a tile of keys (dK, dV); the other the keys of a tile of queries (dQ). Later parts of a
 pattern add to the sums of the parts before, in float32.
 """
 
