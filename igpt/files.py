@@ -131,24 +131,29 @@ def write_durably(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def json_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file of JSON objects with a step, each with its bytes; a last line that a crash cut short is left out.
+def json_lines(path: Path, *, number: str | None = None) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file of JSON objects, each with its bytes; a last line that a crash cut short is left out.
+
+    Args:
+        path: the file.
+        number: a key whose value must be a number in every line, for example ``"step"``.
 
     Raises:
-        DataError: a line before the last is no JSON object with an integer ``step``; names it.
+        DataError: a line before the last is no such object; names it.
         OSError: the file cannot be read.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     found = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
+            row = dict(json.loads(line).items())
+            if number is not None:
+                row[number] = int(row[number])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if place == len(lines):
                 break
-            shown = line.decode("utf-8", "replace")[:80]
-            raise DataError(f"{path} line {number} is not a JSON object with a step: {shown!r}") from error
+            wanted = "a JSON object" + ("" if number is None else f" with a {number}")
+            raise DataError(f"{path} line {place} is not {wanted}: {line.decode('utf-8', 'replace')[:80]!r}") from error
         found.append((line, row))
     return found
 

@@ -11,21 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.registry import Case, Cost, Method, Operation, Workload
+from igpt.model.image_gpt import plain_norm, quick_gelu
 from igpt_kernels import testing
 
 COLOURS = 512
 EPS = 1e-5
 Function = Callable[..., Tensor]
-
-
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    """``x · rsqrt(mean(x²) + eps) · weight``, as the plain model computes it."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
 
 
 def _loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -76,12 +67,12 @@ def _loss_cost(case: Case, way: str, size: int) -> Cost:
 KINDS = (
     _Kind(
         "rms_norm",
-        _norm,
+        plain_norm,
         lambda case: [(_rows(case), case.width), (case.width,)],
         _norm_cost,
         lambda x, weight: F.rms_norm(x, (x.shape[-1],), weight, EPS),
     ),
-    _Kind("quick_gelu", _gelu, lambda case: [(_rows(case), 4 * case.width)], _gelu_cost),
+    _Kind("quick_gelu", quick_gelu, lambda case: [(_rows(case), 4 * case.width)], _gelu_cost),
     _Kind("linear_cross_entropy", _loss, lambda case: [(_rows(case), case.width), (COLOURS, case.width)], _loss_cost),
 )
 

@@ -15,6 +15,8 @@ from benchmarks.measure.worker import Job, Limits, Message, Outcome
 from benchmarks.plans import Selection
 from benchmarks.registry import Case
 from benchmarks.report import tables
+from igpt.errors import DataError
+from igpt.files import json_lines
 
 CALLS = 5
 """Calls of the slowest way that a case takes, for each of its ways: for memory, for the check, two or three that are timed."""
@@ -73,19 +75,10 @@ def read(path: Path) -> list[Message]:
     Raises:
         ValueError: a line in the middle is no JSON object.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
+    try:
+        return [row for _, row in json_lines(path)]
+    except DataError as error:
+        raise ValueError(str(error)) from error
 
 
 class File:

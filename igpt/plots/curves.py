@@ -134,7 +134,7 @@ def _nats(bits: Any) -> Any:
 
 def _read_metrics(path: Path) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     try:
-        lines = json_lines(path)
+        lines = json_lines(path, number="step")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     found: dict[str, dict[int, float]] = {}

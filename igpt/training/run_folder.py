@@ -248,7 +248,7 @@ def _lines_until(path: Path, step: int, without: tuple[str, ...]) -> bytes:
     if not path.exists():
         return b""
     try:
-        lines = json_lines(path)
+        lines = json_lines(path, number="step")
     except DataError as error:
         raise CheckpointError(str(error)) from error
     kept = []
