@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ImageGPT", "ImageGPTConfig", "Palette", "complete", "linear_probe", "preset", "sample", "use_kernels"]
 
-_HOMES = {
+_EXPORTS = {
     "ImageGPT": "igpt.model.image_gpt",
     "ImageGPTConfig": "igpt.model.config",
     "Palette": "igpt.palette.palette",
@@ -29,9 +29,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'igpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:
