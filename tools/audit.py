@@ -191,12 +191,15 @@ def audit(table: str, kernel: str, bits: int, size: int, config: tuning.Config |
     return rows
 
 
-def shipped_cases(tables: Sequence[str], all_bits: Sequence[int] = (16, 32)) -> Iterator[tuple[str, str, int, int]]:
-    """Every entry of the tables, at the size it is listed for; and those of Image GPT that a wider entry serves."""
+def shipped_cases(
+    tables: Sequence[str], all_bits: Sequence[int] = (16, 32), *, models: bool = False
+) -> Iterator[tuple[str, str, int, int]]:
+    """Every entry of the tables at the size it is listed for, and the sizes of Image GPT; with `models` the latter alone."""
     for table in tables:
         for kernel, by_bits in tuning.table(table).items():
             for bits, dims in ((int(bits), dims) for bits, dims in by_bits.items() if int(bits) in all_bits):
-                for size in sorted({int(dim) for dim in dims} | set(KERNELS[kernel].operation.sizes)):
+                listed = set() if models else {int(dim) for dim in dims}
+                for size in sorted(listed | set(KERNELS[kernel].operation.sizes)):
                     yield table, kernel, bits, size
 
 
@@ -212,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compile every shipped kernel configuration and show what it uses")
     parser.add_argument("tables", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is named")
     parser.add_argument("--bits", nargs="+", type=int, choices=[16, 32], default=[16, 32], help="of the values; both")
+    parser.add_argument("--models", action="store_true", help="only at the sizes of Image GPT")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     options = parser.parse_args(arguments)
     for table in options.tables:
@@ -221,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"triton {triton.__version__}, ptxas {ptxas_version()}; config is block_m, block_n, num_warps, num_stages")
         print(f"{'table':8} {'kernel':24} bits size {'config':>15} regs spills  shared WGMMA   MMA waits wide narrow  verdict")
     failed = total = 0
-    for case in shipped_cases(options.tables, options.bits):
+    for case in shipped_cases(options.tables, options.bits, models=options.models):
         for row in audit(*case):
             total += 1
             failed += bool(row.problems)

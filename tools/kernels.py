@@ -33,6 +33,8 @@ from igpt_kernels.tuning import Config
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 """Bits of a value -> the dtype that stands for it."""
+HEAD_DIMS = (64, 96, 128)
+"""Of Image GPT S, L and M."""
 IGNORE_INDEX = -100
 EPS = 1e-5
 LOSS_WIDTH = 512
@@ -416,19 +418,20 @@ def _loss_candidates(bits: int, size: int) -> list[Config]:
 
 
 ATTENTION = Operation(
-    "attention", _attention_inputs, _attention_oracle, _attention_public, timed_rows=4096, odd_rows=77, sizes=(96,)
+    "attention", _attention_inputs, _attention_oracle, _attention_public, timed_rows=4096, odd_rows=77, sizes=HEAD_DIMS
 )
 DECODE = Operation(
     "attention", _decode_inputs, lambda inputs: ([_decode_with(inputs, "reference")], []),
-    lambda inputs: [_decode_with(inputs, "triton")], timed_rows=4096, odd_rows=77, sizes=(96,),
+    lambda inputs: [_decode_with(inputs, "triton")], timed_rows=4096, odd_rows=77, sizes=HEAD_DIMS,
 )  # fmt: skip
 SPARSE = Operation(
     "sparse", _sparse_inputs, _attention_oracle, _attention_public, timed_rows=4096, odd_rows=143, forms=2,
-    audited_forms=(1,), sizes=(96,),
+    audited_forms=(1,), sizes=HEAD_DIMS,
 )  # fmt: skip
 SPARSE_DECODE = Operation(
     "sparse", _sparse_decode_inputs, lambda inputs: ([_decode_with(inputs, "reference")], []),
-    lambda inputs: [_decode_with(inputs, "triton")], timed_rows=4096, odd_rows=143, forms=2, audited_forms=(1,), sizes=(96,),
+    lambda inputs: [_decode_with(inputs, "triton")], timed_rows=4096, odd_rows=143, forms=2, audited_forms=(1,),
+    sizes=HEAD_DIMS,
 )  # fmt: skip
 NORM = Operation(
     "norm", _norm_inputs, lambda inputs: _norm_with(reference.rms_norm_reference, inputs, eps=EPS),

@@ -103,9 +103,10 @@ def test_tiles(text: str, tile: tuple[int, int]) -> None:
     compare(*inputs(130, 16, torch.float16), layouts.parse(text, 13, 10).with_tile(*tile), config=config)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("text", "dtype"), [("row_column", torch.float32), *(("local2d:2", dtype) for dtype in DTYPES)], ids=str
+)
 @pytest.mark.parametrize("head_dim", [1, 8, 16, 17, 32, 48, 64, 72, 80, 96, 100, 128, 160, 192, 256])
-@pytest.mark.parametrize("text", ["local2d:2", "row_column"])
 def test_head_dims(text: str, head_dim: int, dtype: torch.dtype) -> None:
     compare(*inputs(42, head_dim, dtype, layout="heads_last"), layouts.parse(text, 6, 7))
 
@@ -116,7 +117,7 @@ def test_strides(kinds: tuple[str, str]) -> None:
     compare(q, k, v, layouts.parse("local2d:2+column", 5, 6))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_cases(seed: int) -> None:
     rng = random.Random(seed)
     height, width = rng.randint(1, 11), rng.randint(1, 11)
@@ -232,16 +233,16 @@ def test_decode(text: str, head_dim: int, dtype: torch.dtype) -> None:
     layout = layouts.parse(text, 9, 8)
     each = [layout, layouts.local2d(9, 8, 1)]
     groups = groups_of(check_layout(each, heads=2, tokens=None), 2)
-    q = testing.make_input((3, 2, 1, head_dim), dtype=dtype, seed=1, memory="heads_last")
-    k, v = (testing.make_input((3, 2, 80, head_dim), dtype=dtype, seed=seed, memory="fused_qkv") for seed in (2, 3))
-    for length in (0, 1, 40, 72, torch.tensor([72, 0, 33])):
-        lengths = [length] * 3 if isinstance(length, int) else length.tolist()
-        hidden = torch.ones(3, 2, 80, dtype=torch.bool)
+    q = testing.make_input((2, 2, 1, head_dim), dtype=dtype, seed=1, memory="heads_last")
+    k, v = (testing.make_input((2, 2, 80, head_dim), dtype=dtype, seed=seed, memory="fused_qkv") for seed in (2, 3))
+    for length in (0, 1, 40, torch.tensor([72, 33])):
+        lengths = [length] * 2 if isinstance(length, int) else length.tolist()
+        not_visible = torch.ones(2, 2, 80, dtype=torch.bool)
         for b, n in enumerate(lengths):
             for h, one in enumerate(each):
                 if n:
-                    hidden[b, h, : one.tokens] = ~one.dense_mask()[n - 1]
-        ck, cv = (x.masked_fill(hidden[..., None], math.nan) for x in (k, v))
+                    not_visible[b, h, : one.tokens] = ~one.dense_mask()[n - 1]
+        ck, cv = (x.masked_fill(not_visible[..., None], math.nan) for x in (k, v))
         with testing.GuardBands() as guards:
             out, _ = launch_sparse_decode(q, ck, cv, length, groups, scale=0.3, config=SMALL)
         assert guards.check() >= 2

@@ -15,15 +15,22 @@ from tools.kernels import KERNELS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# float32 of three tables is left to `make audit`: a third of the time, and tiles that `default` has too.
+# float32 of three tables, and for two of them sizes that are not of Image GPT, are left to `make audit`.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("table", "bits"), [("sm_80", ["16"]), ("sm_90", ["16"]), ("sm_100", ["16"]), ("default", ["16", "32"])]
+    ("table", "options"),
+    [
+        ("sm_80", ["--bits", "16", "--models"]),
+        ("sm_90", ["--bits", "16"]),
+        ("sm_100", ["--bits", "16", "--models"]),
+        ("default", []),
+    ],
+    ids=str,
 )
-def test_audit_finds_nothing(table: str, bits: list[str]) -> None:
+def test_audit_finds_nothing(table: str, options: list[str]) -> None:
     """In a process of its own: the audit puts a chip that is not here in place of Triton's driver."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.audit", table, "--json", "--bits", *bits],
+        [sys.executable, "-m", "tools.audit", table, "--json", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -31,7 +38,7 @@ def test_audit_finds_nothing(table: str, bits: list[str]) -> None:
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, [row for row in rows if row["problems"]] or done.stderr[-3000:]
-    assert len(rows) >= 60 * len(bits)
+    assert len(rows) >= 40
     assert {row["kernel"] for row in rows} == {function for kernel in KERNELS.values() for function in kernel.functions}
     if table == "sm_90":
         products = [
