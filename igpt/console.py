@@ -29,13 +29,21 @@ class Console:
         """Whether progress is wanted and stderr is a terminal."""
         return self.wanted and sys.stderr.isatty()
 
-    def progress(self, total: int, initial: int, what: str, unit: str) -> Any:
-        """A tqdm bar."""
+    def progress(self, total: int, initial: int, what: str, unit: str, *, unit_scale: bool = False) -> Any:
+        """A tqdm bar; with `unit_scale` thousands are written as k."""
         from tqdm import tqdm
 
         shown = None if self.wanted else True  # None: tqdm looks whether stderr is a terminal
         return tqdm(
-            total=total, initial=initial, desc=what, unit=unit, file=sys.stderr, disable=shown, leave=False, dynamic_ncols=True
+            total=total,
+            initial=initial,
+            desc=what,
+            unit=unit,
+            unit_scale=unit_scale,
+            file=sys.stderr,
+            disable=shown,
+            leave=False,
+            dynamic_ncols=True,
         )
 
 

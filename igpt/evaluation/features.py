@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from igpt.console import Console
 from igpt.model.inference import evaluating
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def extract(
     Returns:
         ``"normed"`` and, with `raw`, ``"raw"``: [masks, L+1, N, C].
     """
-    from tqdm import tqdm
-
     shape = (len(masks), model.config.n_layer + 1, len(tokens), model.config.n_embd)
     found = {name: np.empty(shape, np.float32) for name in (("normed", "raw") if raw else ("normed",))}
     residual: list[Tensor] = []
@@ -55,7 +54,7 @@ def extract(
     # The input of every block, and of ln_f, is the residual stream: reading it along the way saves a second forward pass.
     watched = [*model.blocks, model.ln_f] if raw else []
     handles = [module.register_forward_pre_hook(note) for module in watched]
-    bar = tqdm(total=len(masks) * len(tokens), unit="image", desc="features", disable=None if progress else True, leave=False)
+    bar = Console(progress).progress(len(masks) * len(tokens), 0, "features", "image")
     try:
         with evaluating(model), bar:
             for vote, mask in enumerate(masks):

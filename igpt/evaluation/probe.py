@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from igpt.checks import check_int
-from igpt.console import aligned_table
+from igpt.console import Console, aligned_table
 from igpt.errors import ConfigError, DataError, import_extra
 from igpt.evaluation.features import extract, vote_masks
 from igpt.machine import versions
@@ -250,8 +250,6 @@ class _Fitter:
     """Fits and tests regressions, and counts them."""
 
     def __init__(self, c: float, total: int, progress: bool) -> None:
-        from tqdm import tqdm
-
         linear = import_extra("sklearn.linear_model", "eval")
         self._regression: Callable[[], Any] = lambda: linear.LogisticRegression(C=c, max_iter=MAX_ITERATIONS, tol=TOLERANCE)
         self._scaler: Callable[[], Any] = import_extra("sklearn.preprocessing", "eval").StandardScaler
@@ -259,7 +257,7 @@ class _Fitter:
         self._not_converged: type[Warning] = import_extra("sklearn.exceptions", "eval").ConvergenceWarning
         self.fits = 0
         self.not_converged = 0
-        self.bar = tqdm(total=total, unit="fit", desc="probing", disable=None if progress else True, leave=False)
+        self.bar = Console(progress).progress(total, 0, "probing", "fit")
 
     def layers(self, features: npt.NDArray[np.float32], labels: Array, splits: Sequence[tuple[Array, Array]]) -> Floats:
         """Accuracy [S, layers] of features [votes, layers, N, C]."""

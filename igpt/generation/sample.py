@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from igpt.checks import check_int
+from igpt.console import Console
 from igpt.errors import ConfigError, NonFiniteError
 from igpt.generation.sampler import TokenSampler, exponential_noise, stream
 
@@ -151,22 +152,13 @@ def _draw(
     progress: bool,
 ) -> Tensor:
     """Fill the positions `free` (ascending) of `known` [n, T] in place; row i draws with the numbers of ``keys[i]``."""
-    from tqdm import tqdm
-
     if model.config.objective != "ar":
         raise ConfigError("a model with objective 'bert' predicts hidden pixels from all others and cannot draw; it needs 'ar'")
     check_finite(model)
     if not free:
         return known
     began = time.perf_counter()
-    bar = tqdm(
-        total=len(known) * len(free),
-        unit="px",
-        unit_scale=True,
-        disable=None if progress else True,
-        desc="drawing",
-        leave=False,
-    )
+    bar = Console(progress).progress(len(known) * len(free), 0, "drawing", "px", unit_scale=True)
     with evaluating(model), bar:
         for start in range(0, len(known), batch_size):
             rows = known[start : start + batch_size].to(model.device)

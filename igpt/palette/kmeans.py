@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from igpt.console import Console
 from igpt.errors import ConfigError, import_extra
 from igpt_kernels.palette import PaletteTable
 
@@ -56,9 +57,8 @@ def _k_means(
 ) -> NDArray[np.float64]:
     cluster = import_extra("sklearn.cluster", "eval")
     limits = import_extra("threadpoolctl", "eval").threadpool_limits
-    from tqdm import tqdm
-
-    with limits(limits=2), tqdm(total=_ROUND * _ROUNDS, desc=f"k-means, {k} colours", disable=not progress, leave=False) as bar:
+    bar = Console(progress).progress(_ROUND * _ROUNDS, 0, f"k-means, {k} colours", "it")
+    with limits(limits=2), bar:
         centers, _ = cluster.kmeans_plusplus(points, k, sample_weight=weights, random_state=seed)
         before = math.inf
         for _ in range(_ROUNDS):

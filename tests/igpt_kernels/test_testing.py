@@ -59,3 +59,13 @@ def test_guards_notice_a_write_outside() -> None:
     with pytest.raises(AssertionError, match="1 values behind"):
         guards.check()
     assert torch.empty(3).shape == (3,)
+
+
+@pytest.mark.parametrize("place", ["exact", "eager"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_oracle_that_is_not_finite_is_no_budget(place: str, value: float) -> None:
+    """Otherwise the budget were NaN or infinite, and nothing would exceed it."""
+    tensors = {"actual": torch.ones(3), "exact": torch.ones(3), "eager": torch.ones(3)}
+    tensors[place] = torch.tensor([1.0, value, 1.0])
+    with pytest.raises(AssertionError, match=r"of 3 values not finite, first at \(1,\)"):
+        testing.error_ratio(**tensors, factor=2)
