@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
@@ -74,10 +75,16 @@ def _spell_out(arguments: list[str]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """Tyro's boxed error as one line: what stands inside the box, before its first rule."""
-    inside = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
-    until_rule = list(itertools.takewhile(lambda line: not line.startswith("─"), inside))
-    return " ".join(until_rule) or " ".join(text.split())
+    """Tyro's boxed error as one line: what stands inside the box, before its first rule, without the name of a class.
+
+    Where a terminal has no box characters, a title and a rule of hyphens stand above.
+    """
+    lines = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
+    if not lines:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = lines[2:] if len(lines) > 2 and set(lines[1]) == {"-"} else lines
+    until_rule = list(itertools.takewhile(lambda line: not line.startswith(("─", "---")), lines))
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(until_rule) or " ".join(text.split()))
 
 
 def _description(command: Command, *, whole: bool) -> str:

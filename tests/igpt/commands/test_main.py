@@ -83,6 +83,7 @@ def test_mistakes_get_one_line(
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert "Traceback" not in captured.err
+    assert "Options" not in captured.err
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +164,16 @@ def test_leading_words_are_the_options_they_stand_for() -> None:
     assert main._spell_out(["complete", "run", "digits", "--n", "2"]) == spelled
     assert main._spell_out(["sample", "--model", "run"]) == ["sample", "--model", "run"]
     assert main._parse(["sample", "run", "--n", "3"])[1] == sample.SampleOptions(model="run", n=3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "╭─ Value error ─╮\n│ Error parsing SampleOptions: n must be 1 │\n│ ──── │\n│ For help, see igpt --help │\n╰────╯\n",
+        " Value error \n ------- \n  Error parsing SampleOptions: n must be 1  \n  ------\n  For help, see igpt --help \n",
+        "n must be 1",
+    ],
+    ids=["box", "ascii", "plain"],
+)
+def test_an_error_of_the_parser_is_one_line(text: str) -> None:
+    assert main._one_line(text) == "n must be 1"
