@@ -83,12 +83,13 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     Args:
         path: the file to write, in a folder that exists.
-        durable: also flush the folder, so that the rename outlives a power failure.
+        durable: also flush the folder, so that the rename outlives a power failure. The caller alone writes into the folder:
+            the temporary name is the same in every process, so that the next write replaces what a killed one left.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(TEMPORARY + ("" if durable else f"{os.getpid()}-") + path.name)
     try:
         yield temporary
         flush_to_disk(temporary)
@@ -126,7 +127,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves the old content or the new, never a part: temporary file, fsync, rename."""
+    """Replace a file so that a crash leaves the old content or the new, never a part: temporary file, fsync, rename.
+
+    For a folder that the caller alone writes into. A killed write leaves ``.tmp-NAME``; the next write of NAME replaces it.
+    """
     with atomic_path(path, durable=True) as temporary:
         temporary.write_bytes(data)
 

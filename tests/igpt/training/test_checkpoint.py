@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,20 @@ def test_resolve_model(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*step-2: state.json is missing"),
     ):
         resolve_model(tmp_path)
+
+
+def test_a_killed_write_leaves_nothing_after_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"one")
+    die = "import os, sys; os.replace = lambda *_: os._exit(9)"
+    write = "from pathlib import Path; from igpt.files import write_durably; write_durably(Path(sys.argv[1]), b'two')"
+    killed = subprocess.run([sys.executable, "-c", f"{die}; {write}", str(path)], timeout=60, check=False)
+    assert killed.returncode == 9
+    assert path.read_bytes() == b"one"
+    assert len(list(tmp_path.iterdir())) == 2
+    write_durably(path, b"three")
+    assert path.read_bytes() == b"three"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_write_durably_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
