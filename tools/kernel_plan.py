@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure.timing import captured, event_times
 from igpt_kernels import layouts, testing, tuning
 from igpt_kernels.reference import decode_attention_reference
 from tools.kernels import KERNELS, LOSS_WIDTH, Inputs
@@ -230,16 +231,10 @@ def check(out: Path, kernels: Sequence[str], seconds: float, workers: int) -> No
 
 
 def times(run: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each call by events, after two to warm up."""
+    """Milliseconds of each call by events, sorted, after two to warm up."""
     for _ in range(2):
         run()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in pairs:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in pairs)
+    return sorted(event_times(run, repeats, None))
 
 
 def graph_times(run: Callable[[], object], calls: int = 20) -> list[float]:
@@ -247,16 +242,7 @@ def graph_times(run: Callable[[], object], calls: int = 20) -> list[float]:
 
     Inputs beyond the L2 cache stay beyond it, because each call reads all of them.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return [sample / calls for sample in times(graph.replay, 10)]
+    return [sample / calls for sample in times(captured(run, calls), 10)]
 
 
 def columns(samples: Sequence[float], flops: float | None = None, read: float | None = None) -> dict[str, object]:

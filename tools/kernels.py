@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -206,18 +207,20 @@ def _flash_backward(keys: bool) -> Callable[[Inputs], Call]:
         q, k, v, grad = _present(inputs)
         scale, causal = q.shape[3] ** -0.5, inputs.how["causal"]
         out, lse = attention_forward.launch_flash_forward(q, k, v, causal, scale)
-
-        def call(config: Config | None, other: Config | None) -> list[Tensor]:
-            first, second = (config, other) if keys else (other, config)
-            return list(
-                attention_backward.launch_flash_backward(
-                    grad, q, k, v, out, lse, causal, scale, key_config=first, query_config=second
-                )
-            )
-
-        return call
+        launch = partial(attention_backward.launch_flash_backward, grad, q, k, v, out, lse, causal, scale)
+        return _one_of_two(launch, keys)
 
     return prepare
+
+
+def _one_of_two(launch: Callable[..., Sequence[Tensor]], keys: bool) -> Call:
+    """A call whose first configuration goes to the dK, dV kernel or, without `keys`, to the dQ kernel."""
+
+    def call(config: Config | None, other: Config | None) -> list[Tensor]:
+        first, second = (config, other) if keys else (other, config)
+        return list(launch(key_config=first, query_config=second))
+
+    return call
 
 
 def _sparse_forward(inputs: Inputs) -> Call:
@@ -231,16 +234,7 @@ def _sparse_backward(keys: bool) -> Callable[[Inputs], Call]:
         q, k, v, grad = _present(inputs)
         groups, scale = _groups(inputs), q.shape[3] ** -0.5
         out, lse = sparse_forward.launch_sparse_forward(q, k, v, groups, scale)
-
-        def call(config: Config | None, other: Config | None) -> list[Tensor]:
-            first, second = (config, other) if keys else (other, config)
-            return list(
-                sparse_backward.launch_sparse_backward(
-                    grad, q, k, v, out, lse, groups, scale, key_config=first, query_config=second
-                )
-            )
-
-        return call
+        return _one_of_two(partial(sparse_backward.launch_sparse_backward, grad, q, k, v, out, lse, groups, scale), keys)
 
     return prepare
 

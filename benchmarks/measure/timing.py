@@ -83,7 +83,7 @@ def cpu_times(run: Callable[[], object], budget: float, most: int = 40) -> Times
     return Times(tuple(samples))
 
 
-def _event_times(run: Callable[[], object], repeats: int, flush: torch.Tensor | None) -> list[float]:
+def event_times(run: Callable[[], object], repeats: int, flush: torch.Tensor | None) -> list[float]:
     """Milliseconds of each call by events. All are launched before any is waited for, so that the GPU never idles."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in pairs:
@@ -100,38 +100,48 @@ def gpu_times(run: Callable[[], object], budget: float) -> Times:
     """GPU time of each call by events, the L2 cache flushed before each; and in a CUDA graph where it is short."""
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     with _uncollected():
-        first = statistics.median(_event_times(run, 3, flush)) / 1e3
+        first = statistics.median(event_times(run, 3, flush)) / 1e3
         for _ in range(min(25, int(budget / 2 / max(first, 1e-5)))):
             run()
         repeats = min(max(int(budget / max(first, 2e-4)), 5), 100)
-        samples = [ms / 1e3 for ms in _event_times(run, repeats, flush)]
+        samples = [ms / 1e3 for ms in event_times(run, repeats, flush)]
     graph = graph_time(run) if statistics.median(samples) < SHORT else None
     return Times(tuple(samples), graph)
+
+
+def captured(run: Callable[[], object], calls: int) -> Callable[[], None]:
+    """`calls` calls of `run` in a CUDA graph: what is returned replays them, without a launch from Python for each.
+
+    Raises:
+        RuntimeError: the call cannot be captured: it waits for the device, or allocates what a graph may not.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def graph_time(run: Callable[[], object], calls: int = 20) -> float | None:
     """Seconds of a call inside a CUDA graph of `calls` of them; None where the call cannot be captured."""
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                run()
-        return statistics.median(_event_times(graph.replay, 20, None)) / 1e3 / calls
+        return statistics.median(event_times(captured(run, calls), 20, None)) / 1e3 / calls
     except RuntimeError:
-        return None  # an operation that waits for the device, or allocates what a graph may not
+        return None
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 20) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile of GPU time of `repeats` calls, by events, after 5 to warm up, caches warm."""
     for _ in range(5):
         run()
-    times = sorted(_event_times(run, repeats, None))
+    times = sorted(event_times(run, repeats, None))
     return times[repeats // 2], times[repeats // 5], times[repeats * 4 // 5]
 
 

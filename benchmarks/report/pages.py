@@ -89,37 +89,22 @@ def conditions(results: Results) -> str:
 
 def attention(results: Results) -> str:
     """One layer, forward and backward: a row a method, a column a size."""
-    sides = (32, 64, 128, 256)
-    lines = [
-        "| one layer, forward + backward | " + " | ".join(f"{side}²" for side in sides) + " |",
-        "|---|" + "---|" * len(sides),
-    ]
-    methods = [("attention", "causal", name) for name in ("eager", "sdpa", "flash")] + [("sparse", "local2d:7", "sparse")]
-    for suite, op, method in methods:
-        cells = [
-            _time(results.one(suite=suite, op=op, method=method, preset="S", resolution=side, way="both")) for side in sides
-        ]
-        name = LABELS[method] + (f", `{op}`" if suite == "sparse" else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return _layers(results, "one layer, forward + backward", _time)
 
 
 def memory(results: Results) -> str:
     """Peak memory of the same layers."""
+    return _layers(results, "peak beyond inputs, forward + backward", _peak)
+
+
+def _layers(results: Results, title: str, cell: Callable[[Message | None], str]) -> str:
     sides = (32, 64, 128, 256)
-    lines = ["| peak beyond inputs, forward + backward | " + " | ".join(f"{side}²" for side in sides) + " |"]
-    lines.append("|---|" + "---|" * len(sides))
-    for suite, op, method in (
-        ("attention", "causal", "eager"),
-        ("attention", "causal", "sdpa"),
-        ("attention", "causal", "flash"),
-        ("sparse", "local2d:7", "sparse"),
-    ):
-        cells = [
-            _peak(results.one(suite=suite, op=op, method=method, preset="S", resolution=side, way="both")) for side in sides
-        ]
+    lines = [f"| {title} | " + " | ".join(f"{side}²" for side in sides) + " |", "|---|" + "---|" * len(sides)]
+    methods = [("attention", "causal", name) for name in ("eager", "sdpa", "flash")] + [("sparse", "local2d:7", "sparse")]
+    for suite, op, method in methods:
+        rows = [results.one(suite=suite, op=op, method=method, preset="S", resolution=side, way="both") for side in sides]
         name = LABELS[method] + (f", `{op}`" if suite == "sparse" else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(row) for row in rows) + " |")
     return "\n".join(lines) + "\n"
 
 
