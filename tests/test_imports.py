@@ -185,13 +185,13 @@ def test_every_module_has_its_test_file() -> None:
 
 
 def test_every_test_file_has_its_module() -> None:
-    """A test file is named for a module, a kernel's file, or stands for the whole project."""
+    """A test file is named for a module, a kernel's file or a helper of the tests, or stands for the whole project."""
     whole = {"test_docs", "test_imports", "test_commits", "test_words"}
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.relative_to(ROOT / "tests").parent
         stem = path.stem.removeprefix("test_")
         if str(folder) == ".":
-            assert path.stem in whole, path
+            assert path.stem in whole or (ROOT / "tests" / f"{stem}.py").exists(), path
         elif folder.parts[0] in PACKAGES:
             own = (ROOT / folder / f"{stem}.py").exists() or (ROOT / folder / stem).is_dir()
             assert own or (str(path.relative_to(ROOT))) in SUBJECTS, path

@@ -11,7 +11,7 @@ from torch import Tensor
 from igpt_kernels import testing, tuning
 from igpt_kernels._ops import attention
 from igpt_kernels.attention import decode_attention, flash_attention
-from tests import kit
+from tests import kit, operators
 
 pytestmark = pytest.mark.gpu
 
@@ -92,13 +92,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 def test_side_stream_and_graph() -> None:
     q, k, v = inputs((2, 8, 512, 64), torch.bfloat16, "contiguous")
-    wanted = flash_attention(q, k, v)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        got = flash_attention(q, k, v, backend="triton")
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(got, wanted)
+    operators.check_side_stream(lambda: [flash_attention(q, k, v, backend="triton")])
     lengths = torch.full((2,), 100, device="cuda")
     query = q[:, :, :1].contiguous()
     decode_attention(query, k, v, lengths)

@@ -12,7 +12,7 @@ from torch import Tensor
 from igpt_kernels import linear_cross_entropy, testing
 from igpt_kernels._ops import loss as loss_ops
 from igpt_kernels.reference import linear_cross_entropy_reference
-from tests import kit
+from tests import kit, operators
 
 pytestmark = pytest.mark.gpu
 
@@ -206,13 +206,7 @@ def test_side_stream_and_graph() -> None:
         loss, lse = loss_ops.cross_entropy_rows(hidden, weight, target, -100, 0.0, "triton")
         return [loss, *loss_ops.cross_entropy_rows_backward(grad, hidden, weight, target, lse, -100, 0.0, True, True, "triton")]
 
-    wanted = step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        got = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    operators.check_side_stream(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -9,8 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 
 import igpt_kernels
 from igpt_kernels import quick_gelu, testing
@@ -18,7 +16,7 @@ from igpt_kernels._ops import activation as activation_ops
 from igpt_kernels._torch import rows as torch_rows
 from igpt_kernels.backends import BackendUnavailable
 from igpt_kernels.reference import quick_gelu_reference
-from tests import kit
+from tests import kit, operators
 
 DTYPES, ALL_DTYPES = kit.DTYPES, kit.ALL_DTYPES
 
@@ -133,66 +131,23 @@ def test_second_derivative_is_a_clear_error() -> None:
 
 
 def test_compile_without_breaks_and_once_for_all_lengths() -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(x: Tensor, bias: Tensor) -> Tensor:
-        return gelu(x, bias).square().sum()
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count))
-    for rows in (7, 12):
-        x, bias = leaves(rows, 16, dtype=torch.float32)
-        for a, b in zip(
-            torch.autograd.grad(compiled(x, bias), (x, bias)),
-            torch.autograd.grad(loss(x, bias), (x, bias)),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 2, "one forward and one backward graph serve both lengths"
-    torch.compiler.reset()
+    operators.check_compiled(gelu, [leaves(rows, 16, dtype=torch.float32) for rows in (7, 12)])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool) -> None:
-    x, bias = leaves(3, 5)
-    want = torch.autograd.grad(gelu(x, bias).square().sum(), (x, bias))
-    checkpoint(gelu, x, bias, use_reentrant=reentrant).square().sum().backward()
-    assert x.grad is not None
-    assert bias.grad is not None
-    assert torch.equal(x.grad, want[0])
-    assert torch.equal(bias.grad, want[1])
+    operators.check_checkpointing(gelu, leaves(3, 5), reentrant=reentrant)
 
 
 def test_the_same_bits_in_every_run() -> None:
-    x, bias = leaves(300, 64, dtype=torch.float32)
-    runs = [torch.autograd.grad(gelu(x, bias).square().sum(), (x, bias)) for _ in range(6)]
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    operators.check_same_bits(gelu, leaves(300, 64, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_more_is_kept_than_the_input(dtype: torch.dtype) -> None:
-    """Bytes that the graph holds on to, beside the input itself."""
-
-    def kept(call: Callable[[Tensor, Tensor], object]) -> int:
-        x, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((64, 32), (32,)))
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.data_ptr() not in (x.data_ptr(), weight.data_ptr()):
-                saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = call(x, weight)
-        assert out is not None
-        return sum(saved.values())
-
-    assert kept(lambda x, w: quick_gelu(x, bias=w, backend="torch")) == 0
-    assert kept(lambda x, w: quick_gelu_reference(x, bias=w)) > 64 * 32 * dtype.itemsize
+    x, bias = leaves(64, 32, dtype=dtype)
+    assert operators.kept_bytes(gelu, [x, bias]) == 0
+    assert operators.kept_bytes(lambda x, bias: quick_gelu_reference(x, bias=bias), [x, bias]) > 64 * 32 * dtype.itemsize
 
 
 def test_backends_are_chosen_and_explained() -> None:

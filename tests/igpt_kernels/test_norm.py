@@ -9,8 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 
 import igpt_kernels
 from igpt_kernels import rms_norm, testing
@@ -18,7 +16,7 @@ from igpt_kernels._ops import norm as norm_ops
 from igpt_kernels._torch import rows as torch_rows
 from igpt_kernels.backends import BackendUnavailable
 from igpt_kernels.reference import rms_norm_reference
-from tests import kit
+from tests import kit, operators
 
 DTYPES, ALL_DTYPES = kit.DTYPES, kit.ALL_DTYPES
 
@@ -168,75 +166,29 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
 
 
 def test_compile_without_breaks_and_once_for_all_lengths() -> None:
-    graphs = []
+    def twice(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, weight, residual=2 * x, backend="torch")
 
-    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(x: Tensor, weight: Tensor) -> Tensor:
-        normed, total = rms_norm(x, weight, residual=2 * x, backend="torch")
-        return (normed + total).square().sum()
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count))
-    for rows in (7, 12):
-        x, weight = leaves((rows, 16), (16,), dtype=torch.float32)
-        for a, b in zip(
-            torch.autograd.grad(compiled(x, weight), (x, weight)),
-            torch.autograd.grad(loss(x, weight), (x, weight)),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 2, "one forward and one backward graph serve both lengths"
-    torch.compiler.reset()
+    operators.check_compiled(twice, [leaves((rows, 16), (16,), dtype=torch.float32) for rows in (7, 12)])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool) -> None:
-    def layer(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, backend="torch")
-
-    x, weight = leaves((3, 5), (5,))
-    want = torch.autograd.grad(layer(x, weight).square().sum(), (x, weight))
-    checkpoint(layer, x, weight, use_reentrant=reentrant).square().sum().backward()
-    assert torch.equal(x.grad, want[0])  # type: ignore[arg-type]
-    assert torch.equal(weight.grad, want[1])  # type: ignore[arg-type]
+    operators.check_checkpointing(norm, leaves((3, 5), (5,)), reentrant=reentrant)
 
 
 def test_the_same_bits_in_every_run() -> None:
-    x, residual, weight = leaves((300, 64), (300, 64), (64,), dtype=torch.float32)
-
-    def gradients() -> tuple[Tensor, ...]:
-        normed, total = rms_norm(x, weight, residual=residual, backend="torch")
-        return torch.autograd.grad((normed + total).square().sum(), (x, residual, weight))
-
-    first = gradients()
-    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, gradients(), strict=True))
+    x, weight, residual = leaves((300, 64), (64,), (300, 64), dtype=torch.float32)
+    operators.check_same_bits(norm, [x, weight, residual])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_more_is_kept_than_the_input(dtype: torch.dtype) -> None:
-    """Bytes that the graph holds on to, beside the input itself."""
-
-    def kept(call: Callable[[Tensor, Tensor], object]) -> int:
-        x, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((64, 32), (32,)))
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.data_ptr() not in (x.data_ptr(), weight.data_ptr()):
-                saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = call(x, weight)
-        assert out is not None
-        return sum(saved.values())
-
     from igpt.model.image_gpt import plain_norm
 
-    assert kept(lambda x, w: rms_norm(x, w, backend="torch")) == 64 * 4
-    assert kept(plain_norm) > 64 * 32 * dtype.itemsize
+    x, weight = leaves((64, 32), (32,), dtype=dtype)
+    assert operators.kept_bytes(norm, [x, weight]) == 64 * 4
+    assert operators.kept_bytes(plain_norm, [x, weight]) > 64 * 32 * dtype.itemsize
 
 
 def test_backends_are_chosen_and_explained() -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_kernels import backends, layouts, testing
@@ -23,7 +21,7 @@ from igpt_kernels._torch import sparse as torch_sparse
 from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
 from igpt_kernels.layouts import SparseLayout
 from igpt_kernels.reference import attention_reference
-from tests import kit
+from tests import kit, operators
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -195,42 +193,21 @@ def test_second_derivative_is_a_clear_error() -> None:
 
 
 def test_backward_is_the_same_bit_for_bit() -> None:
-    q, k, v = leaves(600, torch.float32)
     layout = layouts.parse("local2d:3+column", 25, 24)
-    runs = [torch.autograd.grad(block_sparse_attention(q, k, v, layout).square().sum(), (q, k, v)) for _ in range(5)]
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    operators.check_same_bits(block_sparse_attention, [*leaves(600, torch.float32), layout])
 
 
 def test_compile_without_breaks_and_anew_for_another_pattern() -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(q: Tensor, k: Tensor, v: Tensor, layout: SparseLayout) -> Tensor:
-        return block_sparse_attention(q, k, v, layout).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=count))
     x = leaves(20, torch.float32)
-    for text in ("local2d:1", "row_column", "local2d:1"):
-        layout = layouts.parse(text, 4, 5)
-        got = torch.autograd.grad(compiled(*x, layout), x)
-        want = torch.autograd.grad(loss(*x, layout), x)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 4, "a forward and a backward graph for each of two patterns, none for the one that came back"
-    torch.compiler.reset()
+    patterns = [layouts.parse(text, 4, 5) for text in ("local2d:1", "row_column", "local2d:1")]
+    # A forward and a backward graph for each of two patterns, none for the one that comes back.
+    operators.check_compiled(block_sparse_attention, [[*x, layout] for layout in patterns], graphs=4, dynamic=None)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool) -> None:
-    x = leaves(20, torch.float32)
     layout = layouts.local2d(4, 5, 1)
-    want = torch.autograd.grad(block_sparse_attention(*x, layout).square().sum(), x)
-    again = [y.detach().requires_grad_() for y in x]
-    checkpoint(block_sparse_attention, *again, layout, use_reentrant=reentrant).square().sum().backward()
-    assert all(torch.equal(y.grad, g) for y, g in zip(again, want, strict=True))
+    operators.check_checkpointing(block_sparse_attention, [*leaves(20, torch.float32), layout], reentrant=reentrant)
 
 
 def test_autocast_takes_its_dtype() -> None:

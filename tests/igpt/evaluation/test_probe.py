@@ -16,24 +16,14 @@ from igpt.commands.probe import ProbeOptions, run_probe
 from igpt.errors import ConfigError, DataError, IgptError, NonFiniteError
 from igpt.evaluation import features, probe
 from igpt.evaluation.probe import ProbeResult, linear_probe
-from igpt.model.config import ImageGPTConfig
 from igpt.model.image_gpt import ImageGPT
-from igpt.palette.palette import Palette
+from tests.models import greys, random_model
 
 
 def small(**changes: Any) -> ImageGPT:
     """2 layers, 4 x 4 pixels, 6 colours; every weight random."""
     values = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 6, "height": 4, "width": 4, **changes}
-    model = ImageGPT(ImageGPTConfig.from_dict(values))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def greys(count: int) -> Palette:
-    return Palette(np.repeat(np.linspace(0, 255, count)[:, None], 3, axis=1))
+    return random_model(0.3, seed=3, **values)
 
 
 def separable(count: int = 60) -> tuple[np.ndarray, np.ndarray]:

@@ -19,24 +19,14 @@ from igpt.commands.sample import SampleOptions, run_sample
 from igpt.errors import ConfigError, DataError, IgptError, NonFiniteError
 from igpt.generation.sample import complete, keep_mask, sample
 from igpt.generation.sampler import exponential_noise, stream
-from igpt.model.config import ImageGPTConfig
 from igpt.model.image_gpt import ImageGPT
-from igpt.palette.palette import Palette
+from tests.models import greys, random_model
 
 
 def small(**changes: Any) -> ImageGPT:
     """2 layers, 4 x 6 pixels, 7 colours; every weight random, so that the colours are far from equally likely."""
     values = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 7, "height": 4, "width": 6, **changes}
-    model = ImageGPT(ImageGPTConfig.from_dict(values))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def greys(count: int) -> Palette:
-    return Palette(np.repeat(np.linspace(0, 255, count)[:, None], 3, axis=1))
+    return random_model(0.5, seed=3, **values)
 
 
 def oracle(

@@ -16,19 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import igpt
 from igpt.errors import CheckpointError
-from igpt.model.config import ImageGPTConfig
 from igpt.model.image_gpt import ImageGPT
 from igpt.palette.palette import Palette
+from tests.models import random_model
 
 
 def small(**changes: Any) -> ImageGPT:
     values = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 27, "height": 4, "width": 4, **changes}
-    model = ImageGPT(ImageGPTConfig.from_dict(values))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return random_model(0.1, **values)
 
 
 @pytest.fixture

@@ -12,17 +12,13 @@ import igpt
 from igpt.errors import ConfigError
 from igpt.model.config import ImageGPTConfig
 from igpt.model.image_gpt import ImageGPT
+from tests.models import random_model
 
 
 def small(head_dim: int = 16, **changes: object) -> ImageGPT:
     """A model whose every weight is random, the output matrix and the gains too."""
     values: dict[str, object] = {"n_layer": 3, "n_head": 2, "n_embd": 2 * head_dim, "vocab_size": 64, "height": 6, "width": 8}
-    model = ImageGPT(ImageGPTConfig.from_dict({**values, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return random_model(0.1, **{**values, **changes})
 
 
 @pytest.fixture

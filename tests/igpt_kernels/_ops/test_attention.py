@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_kernels import testing
@@ -16,7 +14,7 @@ from igpt_kernels._ops import attention, decode
 from igpt_kernels._torch.attention import merge
 from igpt_kernels.attention import decode_attention, flash_attention
 from igpt_kernels.reference import attention_reference, decode_attention_reference
-from tests import kit
+from tests import kit, operators
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(1, 1, 1, 1), (2, 3, 9, 16), (1, 2, 33, 24), (2, 1, 1, 8), (0, 2, 4, 8), (2, 2, 0, 8)]
@@ -148,39 +146,17 @@ def test_lse_is_not_differentiable() -> None:
 
 
 def test_backward_is_the_same_bit_for_bit() -> None:
-    q, k, v = leaves((2, 3, 70, 24), torch.float32, "fused_qkv")
-    runs = [torch.autograd.grad(flash_attention(q, k, v).square().sum(), (q, k, v)) for _ in range(5)]
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    operators.check_same_bits(flash_attention, leaves((2, 3, 70, 24), torch.float32, "fused_qkv"))
 
 
 def test_compile_without_breaks_and_once_for_all_lengths() -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attention(q, k, v, causal=True).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count))
-    for tokens in (33, 50):
-        x = leaves((2, 2, tokens, 16), torch.float32, "contiguous")
-        got = torch.autograd.grad(compiled(*x), x)
-        want = torch.autograd.grad(loss(*x), x)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 2, "one forward and one backward graph serve both lengths"
-    torch.compiler.reset()
+    operators.check_compiled(flash_attention, [leaves((2, 2, tokens, 16), torch.float32, "contiguous") for tokens in (33, 50)])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool) -> None:
     x = leaves((2, 2, 17, 16), torch.float32, "contiguous")
-    want = torch.autograd.grad(flash_attention(*x).square().sum(), x)
-    again = [y.detach().requires_grad_() for y in x]
-    checkpoint(flash_attention, *again, use_reentrant=reentrant).square().sum().backward()
-    assert all(torch.equal(y.grad, g) for y, g in zip(again, want, strict=True))
+    operators.check_checkpointing(flash_attention, x, reentrant=reentrant)
 
 
 def test_autocast_takes_its_dtype() -> None:

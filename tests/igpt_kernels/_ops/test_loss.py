@@ -6,14 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_kernels import linear_cross_entropy, testing
 from igpt_kernels._ops import loss as loss_ops
 from igpt_kernels.reference import linear_cross_entropy_reference
-from tests import kit
+from tests import kit, operators
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -141,24 +139,10 @@ def test_what_stands_beside_the_loss_is_not_differentiable() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_compile_without_breaks_and_once_for_all_lengths(reduction: str) -> None:
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, target, reduction=reduction).square().sum()
+        return linear_cross_entropy(hidden, weight, target, reduction=reduction)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=count))
-    for rows in (33, 50):
-        hidden, weight, target = leaves(rows, 7)
-        got = torch.autograd.grad(compiled(hidden, weight, target), (hidden, weight))
-        want = torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) == 2, "one forward and one backward graph serve both lengths"
-    torch.compiler.reset()
+    operators.check_compiled(loss, [leaves(rows, 7) for rows in (33, 50)])
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -188,15 +172,10 @@ def test_a_target_that_nobody_read_makes_its_row_nan(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool, reduction: str) -> None:
-    hidden, weight, target = leaves(17, 9)
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, target, reduction=reduction)
 
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
-
-    want = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-    again = [x.detach().requires_grad_() for x in (hidden, weight)]
-    checkpoint(loss, *again, use_reentrant=reentrant).backward()
-    assert all(torch.equal(x.grad, g) for x, g in zip(again, want, strict=True))
+    operators.check_checkpointing(loss, leaves(17, 9), reentrant=reentrant)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
