@@ -32,11 +32,11 @@ NO_VERBS = (
 )
 
 
-def messages() -> list[tuple[str, str]]:
-    """Hash and message of every commit that the rule holds for; none outside a repository, or where `FIRST` is not in it."""
+def messages(root: Path = ROOT, first: str = FIRST) -> list[tuple[str, str]]:
+    """Hash and message of every commit that the rule holds for; none outside a repository, or where `first` is not in it."""
     found = subprocess.run(
-        ["git", "log", "--no-merges", "--format=%h%x00%B%x01", f"{FIRST}..HEAD"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        ["git", "log", "--no-merges", "--format=%h%x00%B%x01", f"{first}..HEAD"],
+        cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     entries = [entry.strip("\n") for entry in found.stdout.split("\x01")] if found.returncode == 0 else []
     return [(name, body) for name, _, body in (entry.partition("\0") for entry in entries if entry)]
@@ -74,6 +74,21 @@ def problems(message: str) -> list[str]:
 )
 def test_the_rule(message: str, wrong: int) -> None:
     assert len(problems(message)) == wrong, problems(message)
+
+
+def test_messages_are_whole_and_those_after_the_first(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=A", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    given = ["First", "Add one\n\nA body,\n\nof two parts.", "fix it"]
+    for message in given:
+        git("commit", "--quiet", "--allow-empty", "--message", message)
+    first = git("rev-parse", "HEAD~2")
+    assert [message.strip() for _, message in messages(tmp_path, first)] == given[:0:-1]
+    assert messages(tmp_path, first)[0][0] == git("rev-parse", "--short", "HEAD")
+    assert messages(tmp_path, "0123456") == messages(tmp_path / "..", first) == []
 
 
 def test_commits_say_why() -> None:

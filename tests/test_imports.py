@@ -12,6 +12,7 @@ import graphlib
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,6 @@ TESTED_BY = {
     "igpt_kernels.reference": "tests/igpt_kernels/test_attention.py, test_loss.py, test_norm.py, test_activation.py",
     "igpt_kernels.tensors": "tests/igpt_kernels/_ops/test_attention.py, tests/igpt_kernels/test_attention.py",
     "igpt.errors": "tests/igpt/commands/test_main.py",
-    "igpt.files": "tests/igpt/data/test_open.py, tests/igpt/training/test_checkpoint.py",
     "igpt.machine": "tests/igpt/commands/test_main.py",
     "igpt.kernels.state": "tests/igpt/kernels/test_use.py",
     "igpt.palette.kmeans": "tests/igpt/palette/test_palette.py",
@@ -131,26 +131,62 @@ def layer(name: str) -> int | None:
     return next((number for number, parts in enumerate(LAYERS) if part in parts), None)
 
 
+def refused(name: str, names: set[str]) -> set[str]:
+    """Of what a module imports: packages after its own, pickles, and the parser of the command line outside of its module."""
+    never = {
+        *PACKAGES[PACKAGES.index(name.partition(".")[0]) + 1 :],
+        "tests",
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "shelve",
+        "marshal",
+    }
+    if name != "igpt.commands.main":
+        never.add("tyro")
+    return {other for other in names if other.partition(".")[0] in never}
+
+
+def upward(name: str, names: Iterable[str]) -> set[str]:
+    """Of what a module of `igpt` imports: modules of layers after its own."""
+    mine = layer(name)
+    assert mine is not None
+    return {other for other in names if other.startswith("igpt.") and (layer(other) or 0) > mine}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_packages_import_those_before_them(name: str) -> None:
-    allowed = PACKAGES[: PACKAGES.index(name.partition(".")[0]) + 1]
-    names = imported(MODULES[name])
-    assert {other.partition(".")[0] for other in names} & {*PACKAGES, "tests"} <= set(allowed)
-    if name != "igpt.commands.main":
-        assert not {other for other in names if other.startswith("tyro")}
-    assert not {other for other in names if other.partition(".")[0] in ("pickle", "dill", "cloudpickle", "shelve", "marshal")}
+    assert not refused(name, imported(MODULES[name]))
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("igpt.")])
 def test_sub_packages_import_those_before_them(name: str) -> None:
-    mine = layer(name)
-    if mine is None:
+    if layer(name) is None:
         assert name == "igpt.__main__"
         return
-    upward = {other for other in graph()[name] if other.startswith("igpt.") and (layer(other) or 0) > mine}
-    assert not upward
+    assert not upward(name, graph()[name])
     # Commands have the terminal, the output files and the wording to themselves.
-    assert LAYERS[mine] == ("commands",) or not {other for other in imported(MODULES[name]) if ".commands" in other}
+    assert name.startswith("igpt.commands") or not {other for other in imported(MODULES[name]) if ".commands" in other}
+
+
+def test_imports_that_point_the_other_way_are_seen(tmp_path: Path) -> None:
+    names = {"igpt_kernels.norm", "igpt.files", "benchmarks.plans", "tools.gpu", "tests.kit", "tyro.conf", "pickle", "torch"}
+    after = ["igpt.files", "benchmarks.plans", "tools.gpu"]
+    for number, package in enumerate(PACKAGES):
+        assert refused(f"{package}.x", names) == {*after[number:], "tests.kit", "tyro.conf", "pickle"}
+    assert refused("igpt.commands.main", names) == {*after[1:], "tests.kit", "pickle"}
+    first, *_, last = [f"igpt.{parts[0]}.x" for parts in LAYERS]
+    for number, parts in enumerate(LAYERS):
+        everything = [f"igpt.{part}.x" for layer in LAYERS for part in layer]
+        assert upward(f"igpt.{parts[0]}", everything) == {f"igpt.{part}.x" for layer in LAYERS[number + 1 :] for part in layer}
+    assert (upward(first, [last]), upward(last, [first])) == ({last}, set())
+    code = "import a.b\ndef f():\n    from c import d\nif TYPE_CHECKING:\n    from e import f\n"
+    (tmp_path / "x.py").write_text(code)
+    assert imported(tmp_path / "x.py") == {"a.b", "c", "c.d", "e", "e.f"}
+    assert type_only(tmp_path / "x.py") == {"e", "e.f"}
+    (tmp_path / "x.py").write_text("from . import x")
+    with pytest.raises(AssertionError, match="imports relatively"):
+        imported(tmp_path / "x.py")
 
 
 def test_no_import_cycle() -> None:
@@ -206,14 +242,26 @@ SUBJECTS = {
 """Test files that stand for a subject instead of a module."""
 
 
+def unpickling(code: str) -> list[str]:
+    """The calls that may unpickle."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            said = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "allow_pickle"]
+            if ast.unparse(node.func) in ("torch.load", "joblib.load") or said not in ([], ["False"]):
+                found.append(ast.unparse(node))
+    return found
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_unpickled(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            assert ast.unparse(node.func) not in ("torch.load", "joblib.load"), f"{path}:{node.lineno}"
-            for keyword in node.keywords:
-                value = keyword.value
-                assert keyword.arg != "allow_pickle" or (isinstance(value, ast.Constant) and value.value is False)
+    assert not unpickling(path.read_text(encoding="utf-8"))
+
+
+def test_unpickling_is_seen() -> None:
+    bad = ["torch.load(x)", "joblib.load(x)", "np.load(x, allow_pickle=True)", "np.load(x, allow_pickle=allowed)"]
+    assert [unpickling(f"def f():\n    return {one}") for one in bad] == [[one] for one in bad]
+    assert not unpickling("np.load(x)\nnp.load(x, allow_pickle=False)\nsafetensors.torch.load_file(x)")
 
 
 def test_every_module_is_imported_somewhere() -> None:

@@ -34,18 +34,31 @@ def files() -> list[Path]:
 
 def test_the_files_are_found() -> None:
     assert len(files()) > 200
+    names = {str(path.relative_to(ROOT)) for path in files()}
+    assert {"README.md", "csrc/palette.cpp", "csrc/palette.cu", "pyproject.toml", "requirements.txt", "tests/kit.py"} <= names
+    assert any(name.endswith(".h") for name in names)
+
+
+def lines_with(word: str, text: str) -> list[tuple[int, str]]:
+    """The lines that hold a word, in capitals too, with their numbers; a part of another word or of a path is none."""
+    pattern = re.compile(rf"(?<![\w/-]){word}(?![\w/-])", re.IGNORECASE)
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
 
 
 @pytest.mark.parametrize("word", INSTEAD)
 def test_words_of_the_field(word: str) -> None:
-    pattern = re.compile(rf"(?<![\w/-]){word}(?![\w/-])", re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for path in files()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if pattern.search(line)
+        for number, line in lines_with(word, path.read_text(encoding="utf-8"))
     ]
     assert not found, f"write {INSTEAD[word]} instead of {word}:\n" + "\n".join(found)
+
+
+def test_words_are_seen() -> None:
+    text = "a hall\n\nThe law. A law-like bylaw of src/law/x.\n# LAW"
+    assert lines_with("law", text) == [(3, "The law. A law-like bylaw of src/law/x."), (4, "# LAW")]
+    assert not lines_with("law", "Lawful, outlaw, by-law, law/x, in_law")
 
 
 def sentences(text: str) -> list[str]:
@@ -62,6 +75,12 @@ def too_long(text: str) -> list[str]:
     return [one for one in sentences(text) if len(re.findall(r"[^\W\d_]{2}[\w-]*", one)) > LONGEST]
 
 
+def docstrings(code: str) -> list[str]:
+    """Those of the module, of classes and functions, and of what stands above one."""
+    values = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Expr)]
+    return [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+
+
 @pytest.mark.parametrize("page", ["CHANGELOG.md", "CONTRIBUTING.md", "DESIGN.md", "docs/patterns.md", "docs/performance.md"])
 def test_sentences_of_pages_are_short(page: str) -> None:
     long = too_long((ROOT / page).read_text(encoding="utf-8"))
@@ -70,12 +89,18 @@ def test_sentences_of_pages_are_short(page: str) -> None:
 
 @pytest.mark.parametrize("package", ["igpt", "igpt_kernels", "benchmarks", "tools"])
 def test_sentences_of_docstrings_are_short(package: str) -> None:
-    found = []
-    for path in sorted((ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            texts = [node.value.value] if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else []
-            found += [f"{path.relative_to(ROOT)}: {one}" for text in texts if isinstance(text, str) for one in too_long(text)]
+    found = [
+        f"{path.relative_to(ROOT)}: {one}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for text in docstrings(path.read_text(encoding="utf-8"))
+        for one in too_long(text)
+    ]
     assert not found, "more than 20 words:\n" + "\n".join(found)
+
+
+def test_docstrings_are_seen() -> None:
+    code = """'module'\nclass A:\n 'class'\n x = 'no'\n 'attribute'\n def f(self):\n  'function'\n  return 'no'"""
+    assert sorted(docstrings(code)) == ["attribute", "class", "function", "module"]
 
 
 def test_long_sentences_are_seen() -> None:

@@ -108,6 +108,9 @@ class Example(Options):
     rate: Annotated[float, Above(0)] = 0.5
     share: Annotated[float, Between(0, 1, low_open=True, high_open=True)] = 0.5
     least: Annotated[float, AtLeast(2)] | None = None
+    angle: Annotated[float, Between(-1, 1)] = 0.0
+    part: Annotated[float, Between(0, 1, high_open=True)] = 0.0
+    bits: Literal[1, 8, "all"] = 8
     parts: tuple[str, ...] = ()
     out: Path = Path("x")
 
@@ -115,6 +118,11 @@ class Example(Options):
 def test_lists_become_tuples_and_strings_paths() -> None:
     made = Example(parts=["a", "b"], out="folder/file", rate=2)  # type: ignore[arg-type]
     assert made == Example(parts=("a", "b"), out=Path("folder/file"), rate=2)
+
+
+def test_the_ends_of_a_range_belong_to_it_unless_they_are_open() -> None:
+    Example(steps=1, offset=0, least=2.0, angle=-1.0, part=0.0)
+    Example(angle=1.0, part=0.999, bits="all")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,10 @@ def test_lists_become_tuples_and_strings_paths() -> None:
         ({"rate": 0.0}, "rate must be a finite number above 0, got 0.0"),
         ({"share": 1}, "share must be a finite number above 0 and below 1, got 1"),
         ({"least": 1.5}, "least must be a finite number of at least 2 or left out, got 1.5"),
+        ({"angle": 1.5}, "angle must be a finite number from -1 to 1, got 1.5"),
+        ({"part": 1.0}, "part must be a finite number of at least 0 and below 1, got 1.0"),
+        ({"bits": True}, "bits must be one of 1, 8, all, got True"),
+        ({"bits": 8.0}, "bits must be one of 1, 8, all, got 8.0"),
         ({"parts": "ab"}, "parts must be a sequence, each a string, got 'ab'"),
         ({"wings": 2}, "Example has no setting 'wings'"),
     ],
@@ -136,7 +148,7 @@ def test_messages(values: dict[str, Any], message: str) -> None:
 
 
 def test_a_missing_setting_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"TokenizeOptions: .*'palette'"):
+    with pytest.raises(ConfigError, match=r"^TokenizeOptions: missing 1 required .*'palette'$"):
         from_mapping(COMMANDS["tokenize"].options, {"source": "digits", "out": "x"})
 
 
@@ -149,5 +161,6 @@ def test_check_int_refuses(value: object) -> None:
 def test_check_int_takes_integers_of_numpy() -> None:
     import numpy as np
 
-    found = check_int("n", np.int32(7), 0)
-    assert (found, type(found)) == (7, int)
+    for least in (0, 7):
+        found = check_int("n", np.int32(7), least)
+        assert (found, type(found)) == (7, int)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from igpt.console import Console, aligned_table
@@ -14,6 +17,25 @@ def test_the_console_logs_on_stderr_or_not_at_all(capsys: pytest.CaptureFixture[
         bar.update()
     found = capsys.readouterr()
     assert (found.out, found.err) == ("", "loud\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bars_are_for_terminals_and_go_away(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    console = Console(wanted)
+    assert not console.is_interactive, "stderr of a test is no terminal"
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert console.is_interactive == wanted
+    with console.progress(10, 4, "training", "step") as bar:
+        bar.update()
+        assert ("training" in terminal.getvalue()) == wanted
+        assert ("4/10" in terminal.getvalue()) == wanted
+    assert terminal.getvalue().rpartition("\r")[0].endswith(" " * 10 if wanted else ""), "the bar is wiped out"
 
 
 def test_columns_are_aligned_and_rows_may_be_short() -> None:

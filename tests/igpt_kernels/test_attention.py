@@ -196,7 +196,8 @@ def test_an_old_gpu_or_no_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
         found = SimpleNamespace(major=capability[0], minor=capability[1])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
         assert triton("cuda") == reasons
-        assert triton("cuda:5") == []
+        assert triton("cuda:0") == reasons
+        assert triton("cuda:1") == triton("cuda:5") == []
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
     assert triton("cuda") == ["triton is not installed (pip install triton)"]
 

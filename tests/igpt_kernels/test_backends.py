@@ -139,3 +139,31 @@ def test_a_choice_by_name_looks_at_that_backend_alone() -> None:
         patch.setattr(backends, "reasons", spy)
         assert backends.select("flash_attention", "torch", size=64, **facts) == "torch"  # type: ignore[arg-type]
     assert looked == ["torch"]
+
+
+@pytest.mark.parametrize(("op", "smallest", "largest"), [("flash_attention", 1, 256), ("linear_cross_entropy", 2, 8192)])
+def test_limits_of_a_size_are_among_what_can_run(op: str, smallest: int, largest: int) -> None:
+    name = backends.SIZE_ARGUMENT[op]
+    assert name is not None
+
+    def triton(size: int) -> list[str]:
+        table = backends.explain(op, dtype=torch.float32, device="meta", **{name: size})
+        return dict(table)["triton"][1:]  # the first is the device
+
+    assert triton(smallest) == triton(largest) == []
+    assert triton(smallest - 1) == [f"{name} {smallest - 1} is below {smallest}"]
+    assert triton(largest + 1) == [f"{name} {largest + 1} is above {largest}"]
+
+
+def test_the_size_of_an_operation_must_be_given() -> None:
+    with pytest.raises(TypeError, match="head_dim must be given for flash_attention"):
+        backends.explain("flash_attention", dtype=torch.float32, device="cpu")
+
+
+def test_a_backend_by_name_is_refused_for_its_own_reasons_alone() -> None:
+    table = [("a", ["slow", "old"]), ("b", ["far"]), ("c", ["new"])]
+    for backend, refused in (("b", "b: far"), ("auto", "a: slow, old; b: far; c: new")):
+        with pytest.raises(backends.BackendUnavailable) as raised:
+            backends.choose(backend, table, "op")
+        assert str(raised.value) == f"op cannot run with backend='{backend}': {refused}"
+    assert backends.choose("auto", [*table, ("d", [])], "op") == backends.choose("d", [*table, ("d", [])], "op") == "d"

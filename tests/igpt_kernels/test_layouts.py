@@ -217,7 +217,7 @@ def test_layouts_are_values() -> None:
         assert layouts.parse(layout.pattern.spec, 16, 16) == layout, "what is printed can be read"
     assert len({one, same, layouts.row(6, 7), one.prefix(5), layouts.local2d(6, 7, 2, causal=False), one.with_tile(4, 4)}) == 5
     assert one.prefix(42) is one
-    for layout in (one, one | layouts.column(6, 7), one.prefix(9)):
+    for layout in (one, one | layouts.column(6, 7), one.prefix(9), one.with_tile(4, 8).prefix(9)):
         assert pickle.loads(pickle.dumps(layout)) == layout
         assert copy.deepcopy(layout) == layout
     predicate = layouts.from_predicate(6, 7, lambda q, k: k == 0)
@@ -225,6 +225,13 @@ def test_layouts_are_values() -> None:
     assert predicate != layouts.from_predicate(6, 7, lambda q, k: k == 0)
     with pytest.raises(AttributeError):
         one.height = 3  # type: ignore[misc]
+
+
+def test_a_mask_belongs_to_who_asked_for_it() -> None:
+    table = torch.ones(12, 12, dtype=torch.bool)
+    layout = layouts.from_predicate(3, 4, lambda q, k: table, causal=False)
+    layout.dense_mask().fill_(False)
+    assert table.all()
 
 
 def test_a_layout_from_another_process_is_known_here() -> None:
@@ -280,6 +287,7 @@ def test_bad_arguments_are_named() -> None:
         (ValueError, "rows must be a power of two, got 3", lambda: layout.with_tile(3, 8)),
         (ValueError, "from 16 to 128 tokens, got 2 x 4", lambda: layout.with_tile(2, 4)),
         (ValueError, "the same width, got 7 and 8", lambda: layout | layouts.row(6, 8)),
+        (ValueError, "the same tokens, got 42 and 9", lambda: layout | layout.prefix(9)),
         (ValueError, "the same causal, got True and False", lambda: layout & layouts.row(6, 7, causal=False)),
         (TypeError, "combined with a layout, got int", lambda: layout | 3),  # type: ignore[operator]
         (ValueError, "k must lie from 0 to 41, got 42 to 42", lambda: layout.permits(0, 42)),

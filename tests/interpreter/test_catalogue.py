@@ -11,7 +11,7 @@ import torch
 from igpt_kernels import testing, tuning
 from igpt_kernels.tuning import Config
 from tools import tune
-from tools.kernels import DTYPES, KERNELS, OPERATIONS, Inputs, Operation
+from tools.kernels import DTYPES, KERNELS, LOSS, OPERATIONS, SPARSE, Inputs, Operation, listed_sizes, partner
 
 SHIPPED, FAST, WRONG = Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 16, 4, 1)
 SIZE = 16
@@ -70,3 +70,21 @@ def test_the_catalogue_is_complete() -> None:
     for entry in KERNELS.values():
         assert all(form < entry.operation.forms for form in entry.operation.audited_forms)
         assert all(dataclasses.is_dataclass(config) for config in entry.candidates(16, 64))
+
+
+def test_kernels_that_are_launched_together_are_partners() -> None:
+    pairs = {name: partner(name) for name in KERNELS if partner(name) != name}
+    assert pairs == {
+        f"{stem}_backward_{mine}": f"{stem}_backward_{other}"
+        for stem in ("flash", "sparse")
+        for mine, other in (("keys", "queries"), ("queries", "keys"))
+    }
+
+
+def test_sizes_of_an_operation_are_those_of_its_kernels_and_of_the_models() -> None:
+    for operation, kernels in ((LOSS, ["cross_entropy_forward", "cross_entropy_backward"]), (SPARSE, ["sparse_forward"])):
+        sizes = listed_sizes("sm_90", operation, 32)
+        assert sizes == sorted(set(sizes))
+        assert {*operation.sizes} <= {*sizes}
+        assert {int(size) for kernel in kernels for size in tuning.table("sm_90")[kernel]["32"]} <= {*sizes}
+    assert (LOSS.sizes, SPARSE.sizes) == ((512,), (64, 96, 128))

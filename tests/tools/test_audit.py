@@ -7,12 +7,73 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from igpt_kernels import tuning
+from tools import audit
 from tools.kernels import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+Cases = list[tuple[str, str, int, int]]
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> Cases:
+    """What would be compiled, and nothing is."""
+    seen: Cases = []
+
+    def note(*case: Any) -> list[audit.Row]:
+        seen.append(case)
+        return []
+
+    monkeypatch.setattr(audit, "audit", note)
+    return seen
+
+
+def test_options_say_which_configurations_are_compiled(cases: Cases) -> None:
+    def listed(bits: int, sizes_of_models: bool, others: bool, *tables: str) -> Cases:
+        sizes = {
+            (table, kernel): {
+                *(KERNELS[kernel].operation.sizes if sizes_of_models else ()),
+                *(map(int, tuning.table(table)[kernel][str(bits)]) if others else ()),
+            }
+            for table in tables
+            for kernel in KERNELS
+        }
+        return [(table, kernel, bits, size) for (table, kernel), found in sizes.items() for size in found]
+
+    assert audit.main(["--json", "--models", "--bits", "16", "--", "sm_90"]) == 0
+    assert sorted(cases) == sorted(listed(16, True, False, "sm_90"))
+    cases.clear()
+    assert audit.main(["sm_80", "default", "--json", "--bits", "32"]) == 0
+    assert sorted(cases) == sorted(listed(32, True, True, "sm_80", "default"))
+    cases.clear()
+    assert audit.main(["--json"]) == 0
+    assert sorted(cases) == sorted(case for bits in (16, 32) for case in listed(bits, True, True, *audit.TARGETS))
+
+
+def test_a_table_that_is_none_is_refused(cases: Cases, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["sm_90", "sm_10"], ["--bits", "8"]):
+        with pytest.raises(SystemExit) as stop:
+            audit.main([*arguments, "--json"])
+        assert stop.value.code == 2
+    assert "tables must be of sm_80, sm_90, sm_100, default; got sm_10" in capsys.readouterr().err
+    assert not cases
+
+
+@pytest.mark.parametrize("problems", [(), ("spills",)])
+def test_a_problem_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problems: tuple[str, ...]
+) -> None:
+    row = audit.Row("sm_90", "decode", 16, 64, (1, 16, 4, 2), 40, 0, 1024, 0, 0, 0, 8, 0, problems)
+    monkeypatch.setattr(audit, "audit", lambda *case: [row])
+    assert audit.main(["sm_90", "--json"]) == (1 if problems else 0)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {tuple(row["problems"]) for row in rows} == {problems}
 
 
 # float32 of three tables, and for two of them sizes that are not of Image GPT, are left to `make audit`.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from igpt.commands import main, sample
-from igpt.errors import ConfigError
+from igpt.errors import ConfigError, IgptError, MissingExtra, import_extra
 from igpt.machine import pick_device
 from igpt_kernels import backends
 
@@ -106,6 +106,24 @@ def test_interruption_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(igpt.commands.info, "run_info", interrupted)
     assert main.main(["info"]) == 130
     assert capsys.readouterr().err == "igpt: interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["igpt_absent", "igpt_absent.inner"])
+def test_an_extra_that_is_absent_is_named_with_its_command(module: str) -> None:
+    with pytest.raises(MissingExtra) as raised:
+        import_extra(module, "eval")
+    assert str(raised.value) == "igpt_absent is not installed; run: pip install 'igpt-kernels[eval]'"
+    assert isinstance(raised.value, IgptError)
+    assert isinstance(raised.value, ImportError)
+
+
+@pytest.mark.parametrize("code", ["import igpt_absent", "from igpt_broken import absent", "raise ModuleNotFoundError('odd')"])
+def test_an_error_inside_an_extra_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    (tmp_path / "igpt_broken.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"absent|odd") as raised:
+        import_extra("igpt_broken", "eval")
+    assert not isinstance(raised.value, MissingExtra)
 
 
 def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
 import itertools
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -283,6 +285,22 @@ def test_report_says_what_runs_and_why(model: ImageGPT, tokens: torch.Tensor) ->
     assert "triton cannot run: device cpu is not one of cuda" in str(table["norm"]["reason"])
     assert "switched off" in text
     print(report, file=io.StringIO())
+
+
+def test_the_reason_is_what_speaks_against_the_faster_backends_alone(model: ImageGPT) -> None:
+    with igpt.use_kernels(model, norm="reference") as report:
+        reasons = {row.op: row.reason for row in report.rows}
+    assert reasons["attention"] == reasons["mlp"] == "triton: device cpu is not one of cuda"
+    assert reasons["norm"] == ""
+
+
+def test_a_model_that_is_dropped_while_it_is_swapped_is_freed() -> None:
+    model = ImageGPT(CONFIG)
+    report = igpt.use_kernels(model)
+    kept = weakref.ref(model.blocks[0].attn)
+    del model, report
+    gc.collect()
+    assert kept() is None
 
 
 def test_strict_raises_with_every_reason(model: ImageGPT) -> None:

@@ -121,6 +121,7 @@ def test_files_are_readable_by_others_and_nothing_temporary_stays(tmp_path: Path
 def test_the_newest_is_the_largest_number_not_the_last_word(tmp_path: Path) -> None:
     saved(tmp_path, 9, 100, 10)
     (tmp_path / "checkpoints" / "step-x").mkdir()
+    (tmp_path / "checkpoints" / "step-300-copy").mkdir()
     (tmp_path / "checkpoints" / ".tmp-step-200").mkdir()
     assert steps_of(tmp_path) == [100, 10, 9]
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-100"
@@ -383,6 +384,22 @@ def test_broken_weights_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"head.weight .*step 4"):
         save_checkpoint(tmp_path, 4, model=model, optimizer=optimizer, state={}, keep=1)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_state_that_json_cannot_hold_is_not_saved(tmp_path: Path) -> None:
+    model, optimizer = made()
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(tmp_path, 4, model=model, optimizer=optimizer, state={"loss": float("nan")}, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_what_a_killed_save_left_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".tmp-step-1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".tmp-step-1" / "old").touch()
+    (folder,) = saved(tmp_path, 1)
+    assert find_damage(folder) is None
+    assert not (folder / "old").exists()
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_resolve_model(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from igpt.commands.pretrain import run_pretrain
 from igpt.console import Console
+from igpt.data.batches import TokenBatches
 from igpt.data.histogram import histogram_baseline
 from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, NonFiniteError
 from igpt.kernels.state import active
@@ -137,6 +140,50 @@ def test_lines_hold_the_mean_since_the_last_line(options: Options) -> None:
         (row["step"], row["loss"]) for row in lines(pretrain(options("b", log_every=4), progress=False).run) if "loss" in row
     ]
     assert some == [(4, math.fsum(each[:4]) / 4), (6, math.fsum(each[4:]) / 2)]
+
+
+def test_each_step_has_gradients_of_its_own(options: Options) -> None:
+    """With what earlier steps left in them, Adam goes nearly the same way: the golden curve is no proof."""
+    opened = trainer(options(clip=0.1))
+    opened.bar, opened.began, opened.busy = Console(False).progress(1, 0, "", ""), 0.0, 0.0
+    for step in range(3):
+        model = copy.deepcopy(opened.model)
+        tokens = opened.data.train.batch(step).long()
+        opened._update()
+        wanted = torch.nn.utils.get_total_norm(torch.autograd.grad(model(tokens, tokens).loss, list(model.parameters())))
+        assert lines(opened.run)[step]["grad_norm"] == pytest.approx(float(wanted), rel=1e-4)
+    opened.metrics.close()
+
+
+def test_a_line_counts_the_steps_and_the_time_since_the_last(options: Options) -> None:
+    opened = trainer(options())
+    opened.bar, opened.began, opened.busy = Console(False).progress(1, 0, "", ""), 0.0, 0.0
+    for losses, seconds in (([1.0, 3.0], 4.0), ([5.0], 8.0)):
+        opened.window.extend(losses)
+        opened.busy += seconds
+        opened._log(0.1, 1.0, 96)
+    opened.metrics.close()
+    assert [(row["loss"], row["pixels_per_second"]) for row in lines(opened.run)] == [(2.0, 96 * 2 / 4.0), (5.0, 96 / 8.0)]
+
+
+@pytest.mark.parametrize("lr", [0.01, 1e30])
+def test_files_are_closed_at_the_end_and_after_an_error(options: Options, monkeypatch: pytest.MonkeyPatch, lr: float) -> None:
+    closed: list[object] = []
+    wanted: list[object] = []
+    for kind in (loop.Metrics, TokenBatches):
+        close = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, close=close: (closed.append(self), close(self)))
+    train = loop.Trainer.train
+
+    def spy(self: loop.Trainer) -> TrainResult:
+        wanted.extend([self.metrics, self.data.train])
+        return train(self)
+
+    monkeypatch.setattr(loop.Trainer, "train", spy)
+    with pytest.raises(NonFiniteError) if lr > 1 else contextlib.nullcontext():
+        pretrain(options(lr=lr, warmup=0), progress=False)
+    assert len(wanted) == 2
+    assert {*map(id, wanted)} <= {*map(id, closed)}
 
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
@@ -400,6 +447,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(options: Options, poi
     wanted = ImageGPT.from_pretrained(given.out.parent / "clean" / "checkpoints" / "step-3").state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     assert not (given.out / "lock").exists()
+
+
+def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(
+    options: Options, poison: list[ImageGPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "write_durably", full)
+    with pytest.raises(NonFiniteError, match="loss is nan at step 4"):
+        pretrain(options(), progress=False)
 
 
 def test_a_gradient_that_is_not_finite_stops_too(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

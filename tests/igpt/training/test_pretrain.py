@@ -236,6 +236,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(options: Optio
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_kill_while_the_only_checkpoint_is_replaced_does_not_begin_anew(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pretrain(options(keep=1), progress=False).run
+    before = traces(run)
+    ((_, folder),) = checkpoints(run)
+    folder.rename(folder.with_name(f".replaced-{folder.name}"))
+    monkeypatch.setattr(loop.Trainer, "_update", lambda self: pytest.fail("no step is left to make"))
+    assert pretrain(options(keep=1, resume=True), progress=False).step == 20
+    assert traces(run) == before
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -11,11 +12,24 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from igpt.errors import CheckpointError, ConfigError
 from igpt.training.options import PretrainOptions
-from igpt.training.run_folder import LOCK, Metrics, RunLock, continued, holds_run, read_config, write_config
+from igpt.training.run_folder import (
+    CHANGEABLE,
+    CONFIG,
+    LOCK,
+    METRICS,
+    SYSTEM_LOCK,
+    Metrics,
+    RunLock,
+    continued,
+    holds_run,
+    read_config,
+    write_config,
+)
 
 
 def options(**changes: Any) -> PretrainOptions:
@@ -71,11 +85,12 @@ def test_a_dead_owner_is_taken_over_and_another_host_is_not(tmp_path: Path) -> N
     with RunLock(tmp_path):
         pass
     lock_file(tmp_path, pid=7, host="elsewhere", since="noon")
+    refused = RunLock(tmp_path)
     with pytest.raises(CheckpointError, match="process 7 on elsewhere, since noon; if it is gone for good, delete"):
-        RunLock(tmp_path).__enter__()
+        refused.__enter__()
     assert (tmp_path / LOCK).exists()
     (tmp_path / LOCK).unlink()
-    with RunLock(tmp_path):
+    with RunLock(tmp_path):  # though the refused one is still in memory
         pass
 
 
@@ -104,6 +119,35 @@ def test_a_lock_file_removed_by_its_owner_locks_nobody_out_and_nobody_in(tmp_pat
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_that_is_locked_is_removed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards it may be the next owner's, who would then share the folder with whoever makes it anew."""
+    there: list[bool] = []
+    release = filelock.FileLock.release
+
+    def spy(self: filelock.FileLock, force: bool = False) -> None:
+        there.append((tmp_path / SYSTEM_LOCK).exists())
+        release(self, force)
+
+    monkeypatch.setattr(filelock.FileLock, "release", spy)
+    with RunLock(tmp_path):
+        assert (tmp_path / SYSTEM_LOCK).exists()
+    assert there[:1] == [False]
+
+
+def test_a_lock_that_cannot_be_written_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    failed = RunLock(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(CheckpointError, match=r"out: cannot write into .*run: No space left on device"):
+            failed.__enter__()
+    assert not (tmp_path / "run").exists()
+    with RunLock(tmp_path / "run"):  # though the failed one is still in memory
+        pass
 
 
 def test_a_folder_made_for_a_run_that_never_began_goes_away(tmp_path: Path) -> None:
@@ -193,6 +237,7 @@ def test_a_resume_may_change_how_long_and_how_often() -> None:
         "deterministic": False,
         "bad_images": "skip",
     }
+    assert {*changes, "out", "resume"} == set(CHANGEABLE), "what is computed is fixed"
     new, notes = continued(options(**changes), options())
     assert {name: getattr(new, name) for name in changes} == changes
     assert len(notes) == len(changes)
@@ -258,6 +303,20 @@ def test_a_malformed_line_in_the_middle_is_named_and_kept(tmp_path: Path, line: 
 def test_metrics_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl"):
         Metrics(tmp_path / "gone", None)
+
+
+def test_a_disk_that_refuses_leaves_the_old_settings_and_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_config(tmp_path, options())
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}\n')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "replace", refuse)
+    for name, write in ((CONFIG, lambda: write_config(tmp_path, options(lr=0.1))), (METRICS, lambda: Metrics(tmp_path, 1))):
+        with pytest.raises(CheckpointError, match=f"cannot write .*{name}: No space left on device"):
+            write()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_metrics_never_hold_what_json_cannot(tmp_path: Path) -> None:
