@@ -16,7 +16,7 @@ from igpt_kernels._ops import decode as decode_ops
 from igpt_kernels._ops import sparse as sparse_ops
 from igpt_kernels._torch import attention as torch_attention
 from igpt_kernels._torch import decode as torch_decode
-from igpt_kernels.checks import autocast, check_attention, check_layout, check_length, check_scale
+from igpt_kernels.checks import autocast, check_attention, check_causal, check_layout, check_length, check_scale
 from igpt_kernels.layouts import SparseLayout, keys_in, registered
 from igpt_kernels.memory import guard_square
 from igpt_kernels.tensors import nonnegative_scale, zero_not_visible
@@ -70,6 +70,7 @@ def flash_attention(
     3.5 times); memory linear in T with fused backends. Triton: Dao, "FlashAttention-2", 2023.
     """
     q, k, v = check_attention(*autocast(q, k, v))
+    causal = check_causal(causal)
     scale = check_scale(scale, q.shape[3])
     chosen = backends.select("flash_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
     if chosen == "reference":
@@ -202,7 +203,8 @@ def _sparse_decode(
 ) -> Tensor:
     """`decode_attention` with a layout, arguments checked but for the layout."""
     key = check_layout(layout, heads=q.shape[1], tokens=None)
-    tokens = registered(keys_in(key)[0]).tokens
+    # Of the layout itself: torch.compile cannot trace the look-up of its key.
+    tokens = (layout if isinstance(layout, SparseLayout) else layout[0]).tokens
     check_length(length, batch=q.shape[0], longest=tokens, what="the layout's")
     if chosen == "reference":
         visible = torch_decode.visible_by_layout(key, k_cache, length).expand(-1, q.shape[1], -1, -1)

@@ -194,10 +194,10 @@ def explain(
         vocab: classes, for ``"linear_cross_entropy"``.
 
     Raises:
-        TypeError: the operation's size is missing, or another one was given.
-        ValueError: unknown operation.
+        TypeError: the operation's size is missing or no int, or another one was given; `dtype` is none.
+        ValueError: unknown operation or device.
     """
-    if op not in IMPLEMENTATIONS:
+    if not isinstance(op, str) or op not in IMPLEMENTATIONS:
         raise ValueError(f"op must be one of {', '.join(IMPLEMENTATIONS)}; got {op!r}")
     name, size = SIZE_ARGUMENT[op], None
     for argument, value in (("head_dim", head_dim), ("width", width), ("vocab", vocab)):
@@ -205,9 +205,15 @@ def explain(
             size = value
         elif value is not None:
             raise TypeError(f"{argument} must be None for {op}, which takes {name or 'no size'}; got {value!r}")
-    if name is not None and size is None:
-        raise TypeError(f"{name} must be given for {op}")
-    return _table(op, dtype, torch.device(device), size)
+    if name is not None and (not isinstance(size, int) or isinstance(size, bool)):
+        raise TypeError(f"{name} must be given for {op}" + ("" if size is None else f" as an int, got {size!r}"))
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch.device or the name of one, got {device!r}") from error
+    return _table(op, dtype, place, size)
 
 
 def _table(op: str, dtype: torch.dtype, device: torch.device, size: int | None) -> list[tuple[str, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from igpt_kernels.layouts import SparseLayout, joined
 
+# A whole number can be finite and above it; comparisons find that, `float` raises OverflowError.
+_LARGEST = sys.float_info.max
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,7 +36,8 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: t
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """Under torch.autocast, floating-point tensors in its dtype, as torch's own products take them."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    # Of the device "meta", which computes shapes only, torch cannot say whether it has autocast.
+    if not isinstance(first, Tensor) or first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(first.device.type)
     return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
@@ -65,18 +69,25 @@ def check_attention(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Te
     return q, k, v
 
 
+def check_causal(causal: object) -> bool:
+    """Whether the future is hidden. Raises TypeError unless it is a bool, which the operators want."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    return causal
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The softmax scale: 1/sqrt(D) when None. Raises ValueError unless it is a finite number."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST:
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     return float(scale)
 
 
 def check_eps(eps: float) -> float:
     """What is added to a mean of squares. Raises ValueError unless it is a finite number, not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps <= _LARGEST:
         raise ValueError(f"eps must be a finite number from 0 on, got {eps!r}")
     return float(eps)
 
@@ -138,10 +149,12 @@ def check_loss(
             raise ValueError(f"{name} must be on the device of hidden ({hidden.device}), got {value.device}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64 like the targets, got {ignore_index}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
     # Comparisons, not math.isfinite, which torch.compile cannot trace where it takes the number for a variable.
-    if isinstance(z_loss, bool) or not isinstance(z_loss, (int, float)) or not 0 <= z_loss < math.inf:
+    if isinstance(z_loss, bool) or not isinstance(z_loss, (int, float)) or not 0 <= z_loss <= _LARGEST:
         raise ValueError(f"z_loss must be a finite number from 0 on, got {z_loss!r}")
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignore_index)]
@@ -155,7 +168,8 @@ def check_loss(
 def check_length(length: object, *, batch: int, longest: int, what: str = "the cache's") -> int | Tensor:
     """Keys visible in a cache: an int, or an integer tensor [B] on any device; each from 0 to `longest`, which is `what`.
 
-    A tensor's values are checked on the CPU only, because reading them from a GPU would stall the stream.
+    A tensor's values are checked on the CPU only, because reading them from a GPU would stall the stream. While torch.compile
+    traces there are none to check.
 
     Raises:
         TypeError: neither int nor integer tensor.
@@ -171,7 +185,8 @@ def check_length(length: object, *, batch: int, longest: int, what: str = "the c
         raise TypeError(f"length must be an int or an integer tensor [B], got {length!r}")
     if length.shape != (batch,):
         raise ValueError(f"length must have shape [B] = [{batch}], got {tuple(length.shape)}")
-    if length.device.type == "cpu" and batch and not (int(length.min()) >= 0 and int(length.max()) <= longest):
+    readable = length.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and batch and not (int(length.min()) >= 0 and int(length.max()) <= longest):
         raise ValueError(f"length must be from 0 to {what} {longest}, got {length.tolist()}")
     return length
 

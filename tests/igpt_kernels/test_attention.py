@@ -119,6 +119,9 @@ def test_decode_is_the_last_row_and_ignores_the_rest(backend: str, dtype: torch.
         (lambda q, k, v: flash_attention(q, k, v[:, :, :2]), ValueError, "v must have the shape of k"),
         (lambda q, k, v: flash_attention(q, k.to("meta"), v), ValueError, "device"),
         (lambda q, k, v: flash_attention(q, k, v, scale=math.nan), ValueError, "scale.*nan"),
+        (lambda q, k, v: flash_attention(q, k, v, scale=10**400), ValueError, "scale must be a finite number"),
+        (lambda q, k, v: flash_attention(q, k, v, causal="yes"), TypeError, "causal must be True or False, got 'yes'"),
+        (lambda q, k, v: flash_attention(q, k, v, causal=None), TypeError, "causal must be True or False, got None"),
         (lambda q, k, v: flash_attention(q, k, v, backend="cutlass"), ValueError, "auto, triton, torch, reference.*cutlass"),
         (lambda q, k, v: decode_attention(q, k, v, 1), ValueError, "use flash_attention"),
         (lambda q, k, v: decode_attention(q[:, :, :1], k, v, 6), ValueError, "length.*5.*6"),
@@ -137,6 +140,12 @@ def test_decode_is_the_last_row_and_ignores_the_rest(backend: str, dtype: torch.
 def test_bad_arguments_are_named(change: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         change(*inputs(5, 5, 8, torch.float32))  # type: ignore[operator]
+
+
+def test_the_device_meta_gives_shapes() -> None:
+    q, k, v = (x.to("meta") for x in inputs(5, 5, 8, torch.float32))
+    out = flash_attention(q, k, v)
+    assert (out.shape, out.device.type) == (q.shape, "meta")
 
 
 def test_a_square_beyond_free_memory_raises_instead_of_dying(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +168,21 @@ def test_a_backend_by_name_is_refused_for_its_own_reasons_alone() -> None:
             backends.choose(backend, table, "op")
         assert str(raised.value) == f"op cannot run with backend='{backend}': {refused}"
     assert backends.choose("auto", [*table, ("d", [])], "op") == backends.choose("d", [*table, ("d", [])], "op") == "d"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"op": ["rms_norm"]}, ValueError, "op must be one of"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype, got 'float32'"),
+        ({"device": "teapot"}, ValueError, "device must be a torch.device or the name of one, got 'teapot'"),
+        ({"device": None}, ValueError, "device must be a torch.device or the name of one, got None"),
+        ({"width": "64"}, TypeError, "width must be given for rms_norm as an int, got '64'"),
+        ({"width": 1.5}, TypeError, "width must be given for rms_norm as an int, got 1.5"),
+        ({"width": None}, TypeError, "width must be given for rms_norm$"),
+    ],
+    ids=str,
+)
+def test_explain_names_what_is_wrong(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        backends.explain(**{"op": "rms_norm", "dtype": torch.float32, "device": "cpu", "width": 64, **changes})

@@ -280,6 +280,8 @@ def test_gradients_that_a_scaler_made_large(reduction: str) -> None:
         (lambda h, w, t: linear_cross_entropy(h, w, t + 6), ValueError, "target must be from 0 to 5 or ignore_index -100, got"),
         (lambda h, w, t: linear_cross_entropy(h, w, t - 99), ValueError, "target must be from 0 to 5.*got -99"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, ignore_index=0.5), TypeError, "ignore_index must be an int, got 0.5"),
+        (lambda h, w, t: linear_cross_entropy(h, w, t, ignore_index=2**63), ValueError, "ignore_index must fit into int64"),
+        (lambda h, w, t: linear_cross_entropy(h, w, t, z_loss=10**400), ValueError, "z_loss must be a finite number"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, reduction="max"), ValueError, "mean, sum or none; got 'max'"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, z_loss=-1.0), ValueError, "z_loss must be .* got -1.0"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, z_loss=math.nan), ValueError, "z_loss must be .* got nan"),

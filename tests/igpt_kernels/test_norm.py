@@ -218,6 +218,7 @@ def test_backends_are_chosen_and_explained() -> None:
         (lambda: rms_norm(torch.ones(2, 3), torch.ones(3), residual=torch.ones(3, 2)), ValueError, "residual .*"),
         (lambda: rms_norm(torch.ones(2, 3), torch.ones(3), eps=-1.0), ValueError, "eps .*-1"),
         (lambda: rms_norm(torch.ones(2, 3), torch.ones(3), eps=math.nan), ValueError, "eps .*nan"),
+        (lambda: rms_norm(torch.ones(2, 3), torch.ones(3), eps=10**400), ValueError, "eps must be a finite number"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], object], error: type[Exception], words: str) -> None:

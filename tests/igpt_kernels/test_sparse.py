@@ -197,6 +197,20 @@ def test_backward_is_the_same_bit_for_bit() -> None:
     operators.check_same_bits(block_sparse_attention, [*leaves(600, torch.float32), layout])
 
 
+@pytest.mark.parametrize("length", [5, torch.tensor([5, 3])], ids=["one length", "lengths"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_decoding_compiles_without_breaks(length: int | Tensor, sparse: bool) -> None:
+    layout = layouts.local2d(4, 4, radius=1) if sparse else None
+    q, k, v = (torch.randn(2, 2, tokens, 8) for tokens in (1, 16, 16))
+
+    def last(q: Tensor) -> Tensor:
+        return decode_attention(q, k, v, length, layout=layout)
+
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(last, fullgraph=True, backend="aot_eager")(q), last(q))
+    torch.compiler.reset()
+
+
 def test_compile_without_breaks_and_anew_for_another_pattern() -> None:
     x = leaves(20, torch.float32)
     patterns = [layouts.parse(text, 4, 5) for text in ("local2d:1", "row_column", "local2d:1")]
