@@ -134,6 +134,8 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
         return 0
     if not cases and not options.report:
         raise ValueError("no case fits these options; --list shows what a selection holds")
+    if options.compare is not None:
+        compare.check(options.compare)
     out = _out(options, device)
     file = out / "results.jsonl"
     if options.report:

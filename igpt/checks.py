@@ -84,6 +84,9 @@ class Matches:
 Limit = Between | Matches
 Count = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]
+MAX_SIDE = 4096
+Side = Annotated[int, Between(1, MAX_SIDE)]
+"""Pixels along an image."""
 Device = Annotated[str, Matches(r"auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")]
 
 
@@ -136,8 +139,14 @@ def _accept(hint: Any, value: Any, limit: Limit | None = None) -> Any:
         return Path(value) if isinstance(value, (str, Path)) else _Wrong
     if hint is int or hint is float:
         number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-        return value if number and math.isfinite(value) and (limit is None or limit.holds(value)) else _Wrong
+        fits = number and (_fits_64_bits(value) if isinstance(value, int) else math.isfinite(value))
+        return value if fits and (limit is None or limit.holds(value)) else _Wrong
     return value if isinstance(value, hint) and (limit is None or limit.holds(value)) else _Wrong
+
+
+def _fits_64_bits(value: int) -> bool:
+    """Whether TOML, which keeps the settings of runs, and torch can hold the integer."""
+    return -(2**63) <= value < 2**63
 
 
 class _Wrong:
@@ -155,7 +164,8 @@ def check_fields(owner: Any) -> None:
         hint, value = known[name], getattr(owner, name)
         found = _accept(hint, value)
         if found is _Wrong:
-            raise ConfigError(f"{name} must be {_describe(hint)}, got {value!r}")
+            wide = isinstance(value, int) and not _fits_64_bits(value)
+            raise ConfigError(f"{name} must be {_describe(hint)}{' (64 bits)' if wide else ''}, got {value!r}")
         if found is not value:
             object.__setattr__(owner, name, found)
 

@@ -7,11 +7,12 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt.errors import DataError
+from igpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,6 +121,21 @@ def replacing(path: Path) -> Iterator[Path]:
         raise DataError(f"{path}: cannot be written ({describe(error)})") from error
 
 
+def check_folder(path: Path) -> None:
+    """Find out before the work, not after, whether a folder for a command's outputs can be made and written. Makes nothing.
+
+    Raises:
+        ConfigError: it cannot; names the option `out`.
+    """
+    try:
+        place = next(each for each in (path, *path.parents) if each.exists())
+        if not place.is_dir():
+            raise ConfigError(f"out: {place} is a file, a folder is wanted")
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write into {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing `path` in one step. Raises `DataError` when it cannot be written."""
     with replacing(path) as temporary:
@@ -153,7 +169,7 @@ def json_lines(path: Path, *, number: str | None = None) -> list[tuple[bytes, di
             row = dict(json.loads(line).items())
             if number is not None:
                 row[number] = int(row[number])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             if place == len(lines):
                 break
             wanted = "a JSON object" + ("" if number is None else f" with a {number}")

@@ -12,7 +12,6 @@ from typing import Any
 from benchmarks import plans
 from benchmarks.measure import worker
 from benchmarks.measure.worker import Job, Limits, Message, Outcome
-from benchmarks.plans import Selection
 from benchmarks.registry import Case
 from benchmarks.report import tables
 from igpt.errors import DataError
@@ -235,8 +234,3 @@ def _columns(end: Outcome, wall: float) -> Message:
 def named(rows: Sequence[Message], **wanted: Any) -> list[Message]:
     """The rows whose columns have these values."""
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-
-
-def selection_of(device: str, mode: str, **parts: Any) -> list[Case]:
-    """The cases of `Selection(device, mode, ...)`."""
-    return list(plans.plan(Selection(device, mode, **parts)))

@@ -96,6 +96,20 @@ def table(found: Sequence[Change]) -> str:
     return "\n".join(lines)
 
 
+def check(against: str) -> None:
+    """Find out before the run that there is nothing to compare with.
+
+    Raises:
+        ValueError: neither a run nor a revision.
+    """
+    if Path(against).exists():
+        read_run(Path(against))
+        return
+    git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", "--end-of-options", f"{against}^{{commit}}"]
+    if subprocess.run(git, capture_output=True, check=False).returncode:
+        raise ValueError(f"--compare: {against} is neither a folder of results nor a git revision")
+
+
 def command(against: str, lines: Sequence[Message], fail_if: str | None, arguments: Sequence[str]) -> int:
     """Print the comparison of `lines` with a run or a revision; 1 if `fail_if` (``slower:10%``) holds.
 

@@ -97,7 +97,7 @@ def run_complete(options: CompleteOptions) -> Path:
         options.out,
         dataclasses.asdict(options),
         model,
-        grids.completion_grid(originals, mask, decode(tokens), scale=options.scale),
+        lambda: grids.completion_grid(originals, mask, decode(tokens), scale=options.scale),
         tokens,
         seconds,
     )

@@ -20,8 +20,10 @@ from igpt.commands.complete import CompleteOptions
 from igpt.commands.probe import ProbeOptions
 from igpt.commands.sample import SampleOptions
 from igpt.errors import ConfigError, import_extra
+from igpt.files import check_folder
 from igpt.plots.page import Section, page
 from igpt.training.options import PretrainOptions
+from igpt.training.run_folder import RunLock
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,8 @@ def run_demo(options: DemoOptions) -> Path:
     """Palette, pretraining, samples, completions, probe; returns ``out/report.html``.
 
     Raises:
-        ConfigError: `out` holds files that no demo wrote.
+        ConfigError: `out` holds files that no demo wrote, or takes none.
+        CheckpointError: another demo trains in `out`.
         MissingExtra: scikit-learn or matplotlib is not installed.
     """
     from tqdm import tqdm
@@ -81,10 +84,12 @@ def run_demo(options: DemoOptions) -> Path:
 
 def _prepare(options: DemoOptions) -> Path:
     out = options.out
+    check_folder(out)
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
-        raise ConfigError(f"out {out} holds files that no demo wrote; name an empty or new folder")
+        raise ConfigError(f"out: {out} holds files that no demo wrote; name an empty or new folder")
     if options.fresh and (out / "run").exists():
-        shutil.rmtree(out / "run")
+        with RunLock(out / "run"):  # refuses where another demo trains
+            shutil.rmtree(out / "run")
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
     return out

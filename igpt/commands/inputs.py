@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,51 +12,13 @@ from igpt.data.sources import has_own_test_split
 from igpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from igpt.commands.complete import CompleteOptions
+    from igpt.commands.probe import ProbeOptions
     from igpt.data.source import Source
     from igpt.model.image_gpt import ImageGPT
 
 Array = npt.NDArray[Any]
 CHUNK = 512  # images read at once: 100 MB at 256 x 256
-
-
-class SourceOptions(Protocol):
-    """What the options of every command that reads images have."""
-
-    @property
-    def source(self) -> str:
-        """The data source."""
-
-    @property
-    def seed(self) -> int:
-        """Of the choice of images."""
-
-    @property
-    def bad_images(self) -> str:
-        """raise or skip."""
-
-
-class ImagesToComplete(SourceOptions, Protocol):
-    """The options of `igpt complete`, as far as its images go."""
-
-    @property
-    def model(self) -> str:
-        """Where the model comes from."""
-
-    @property
-    def images(self) -> int:
-        """How many."""
-
-
-class ImagesToProbe(SourceOptions, Protocol):
-    """The options of `igpt probe`, as far as its images go."""
-
-    @property
-    def test_fraction(self) -> float:
-        """Share held out for testing."""
-
-    @property
-    def max_images(self) -> int | None:
-        """Images used, at most."""
 
 
 def open_model(source: str, device: str, kernels: str) -> ImageGPT:
@@ -83,7 +45,7 @@ def open_model(source: str, device: str, kernels: str) -> ImageGPT:
     return model
 
 
-def images_to_complete(options: ImagesToComplete, model: ImageGPT) -> Array:
+def images_to_complete(options: CompleteOptions, model: ImageGPT) -> Array:
     """At most ``options.images`` images uint8 [N, h, w, 3], or tokens int64 [N, T], drawn at random by the seed.
 
     If the model is a run trained on this very source, they come from the part that it held out.
@@ -99,7 +61,7 @@ def images_to_complete(options: ImagesToComplete, model: ImageGPT) -> Array:
         return _read(source, chosen)[0]
 
 
-def images_to_probe(options: ImagesToProbe, model: ImageGPT) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
+def images_to_probe(options: ProbeOptions, model: ImageGPT) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
     """(images or tokens, labels) to learn from; and to test on, where the source has a test part of its own (else None).
 
     With ``options.max_images``, that many are drawn at random by the seed; a source with a test part of its own then gives
@@ -128,7 +90,7 @@ def images_to_probe(options: ImagesToProbe, model: ImageGPT) -> tuple[tuple[Arra
     return found[0], found[1] if own else None
 
 
-def _open(options: SourceOptions, model: ImageGPT, split: str, val_fraction: float, seed: int) -> Source:
+def _open(options: CompleteOptions | ProbeOptions, model: ImageGPT, split: str, val_fraction: float, seed: int) -> Source:
     from igpt.data.open import open_source
     from igpt.data.tokens import TokenSource
 
@@ -160,7 +122,7 @@ def _read(source: Source, chosen: npt.NDArray[np.int64]) -> tuple[Array, npt.NDA
     return np.concatenate([batch.images for batch in batches]), np.concatenate([batch.indices for batch in batches])
 
 
-def _held_out(options: ImagesToComplete) -> tuple[str, float, int]:
+def _held_out(options: CompleteOptions) -> tuple[str, float, int]:
     """split, val_fraction and seed of the images that the model was not trained on; its run folder tells."""
     from igpt.training.run_folder import CONFIG, read_config
 

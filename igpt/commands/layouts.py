@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from igpt.checks import Count, Options
+from igpt.checks import Options, Side
 from igpt.errors import ConfigError
 
 
@@ -17,11 +17,11 @@ class LayoutsOptions(Options):
     """The pattern, see the forms."""
     then: str = ""
     """Pattern of the layer above, for what two layers reach (up to 64 x 64); the same when left out."""
-    size: Count = 64
+    size: Side = 64
     """Rows and columns of the image."""
-    height: Count | None = None
+    height: Side | None = None
     """Rows, where they differ from the columns."""
-    width: Count | None = None
+    width: Side | None = None
     """Columns."""
     pixel: str = ""
     """ROW,COLUMN of the pixel whose view is drawn; one in the lower middle when left out."""
@@ -35,6 +35,7 @@ def run_layouts(options: LayoutsOptions) -> None:
     """The command `igpt layouts`: draw a pattern, print its numbers."""
     from tqdm import tqdm
 
+    from igpt.commands.pictures import check_picture
     from igpt.files import replacing
     from igpt.plots.patterns import LARGEST_REACH, plot_layout, reach
     from igpt_kernels import layouts
@@ -48,7 +49,7 @@ def run_layouts(options: LayoutsOptions) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     query = _query(options.pixel, height, width)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    check_picture(options.out)
     with replacing(options.out) as temporary:
         plot_layout(layout, query, temporary)
     tqdm.write(

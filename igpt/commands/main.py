@@ -26,6 +26,7 @@ from igpt.commands.sample import SampleOptions
 from igpt.commands.tokenize import TokenizeOptions
 from igpt.data.sources import help_text
 from igpt.errors import ConfigError, IgptError
+from igpt.files import describe
 from igpt.training.options import PretrainOptions
 from igpt_kernels.layouts import FORMS
 
@@ -125,8 +126,14 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
     return command, options
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether numpy, the CPU's or a GPU's allocator refused. Torch's classes are known by name: loading it takes seconds."""
+    refused = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return refused or "can't allocate memory" in str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after printing one line about a user's mistake."""
+    """Run one command. Returns 0, or 2 after printing one line about a user's mistake or too little memory."""
     # GNU OpenMP reads this when torch is loaded. By default its threads spin for long while they wait for one another: on 2
     # cores beside one other busy process a training step of the demo then takes 1.2 to 2.3 s. Asleep at once ("passive") it
     # takes 0.2 s there, but 0.18 s instead of 0.11 s on an idle machine; after a short spin 0.14 s.
@@ -146,6 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (IgptError, OSError) as error:
         print(f"igpt: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"igpt: out of memory: {describe(error)}; smaller sizes or batches take less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("igpt: interrupted", file=sys.stderr)

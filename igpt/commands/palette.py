@@ -49,10 +49,11 @@ def run_palette(options: PaletteOptions) -> Palette:
 
     from igpt.data.open import open_source
     from igpt.data.palettes import sample_pixels
-    from igpt.files import replacing
+    from igpt.files import check_folder, replacing
     from igpt.palette.palette import Palette
     from igpt.plots.grids import palette_picture
 
+    check_folder(options.out)
     pixels = None
     size: tuple[int | None, int | None] = (options.height, options.width)
     if options.source:

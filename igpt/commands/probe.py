@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from igpt.checks import Above, Between, Count, Device, Natural, Options
-from igpt.errors import ConfigError, import_extra
+from igpt.errors import import_extra
 from igpt.training.options import BadImages, Kernels
 
 if TYPE_CHECKING:
@@ -60,14 +60,11 @@ def run_probe(options: ProbeOptions) -> ProbeResult:
 
     from igpt.commands.inputs import images_to_probe, open_model
     from igpt.evaluation.probe import linear_probe
-    from igpt.files import replacing, write_json
+    from igpt.files import check_folder, replacing, write_json
     from igpt.plots import curves
 
     import_extra("matplotlib", "eval")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out cannot be made: {options.out}: {error.strerror}") from error
+    check_folder(options.out)
     model = open_model(options.model, options.device, options.kernels)
     train, test = images_to_probe(options, model)
     began = time.perf_counter()

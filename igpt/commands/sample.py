@@ -70,6 +70,11 @@ def run_sample(options: SampleOptions) -> Path:
     )
     seconds = time.perf_counter() - began
     pictures.write(
-        options.out, dataclasses.asdict(options), model, grids.grid(decode(tokens), scale=options.scale), tokens, seconds
+        options.out,
+        dataclasses.asdict(options),
+        model,
+        lambda: grids.grid(decode(tokens), scale=options.scale),
+        tokens,
+        seconds,
     )
     return options.out

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from igpt.checks import MAX_SIDE, check_int
 from igpt.data import sources
 from igpt.data.images import MAX_PIXELS, PILLOW_REFUSES, SUFFIXES
 from igpt.data.orders import split_indices
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from igpt.data.source import Source
-
-_MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,8 @@ def open_source(
         DataError: a folder, file or archive that is missing, empty, damaged or not what its name says.
         MissingExtra: `digits` without scikit-learn.
     """
+    if not isinstance(spec, str):
+        raise ConfigError(f"spec must be the name of a source, one of {sources.forms()}, got {spec!r}")
     _check_options(height, width, augment, bad_images, max_bad, max_pixels)
     split_indices(2, split, val_fraction, seed)
     kind, (scheme, _, rest) = sources.find(spec), spec.partition(":")
@@ -113,8 +114,8 @@ def _check_options(
     if (height is None) != (width is None):
         raise ConfigError(f"give both height and width or neither, got {height} and {width}")
     for name, value in (("height", height), ("width", width)):
-        if value is not None and not 1 <= value <= _MAX_SIDE:
-            raise ConfigError(f"{name} must be from 1 to {_MAX_SIDE}, got {value}")
+        if value is not None and check_int(name, value, 1) > MAX_SIDE:
+            raise ConfigError(f"{name} must be from 1 to {MAX_SIDE}, got {value}")
     if bad_images not in ("raise", "skip"):
         raise ConfigError(f"bad_images must be raise or skip, got {bad_images!r}")
     if max_bad < 0:

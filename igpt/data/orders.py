@@ -7,6 +7,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from igpt.checks import check_int
 from igpt.errors import ConfigError
 
 _SPLIT = 0x53504C  # keeps the split's random stream apart from those of the epochs
@@ -64,10 +65,9 @@ def split_indices(n: int, split: str, val_fraction: float, seed: int) -> NDArray
     """
     if split not in ("train", "val", "all"):
         raise ConfigError(f"split must be one of train, val, all; got {split!r}")
-    if not 0.0 <= val_fraction < 1.0:
+    if not (isinstance(val_fraction, (int, float)) and 0.0 <= val_fraction < 1.0):
         raise ConfigError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
-    if seed < 0:
-        raise ConfigError(f"seed must not be negative, got {seed!r}")
+    seed = check_int("seed", seed, 0)
     if split == "all":
         return np.arange(n, dtype=np.int64)
     held = min(max(round(n * val_fraction), 1), n - 1) if val_fraction > 0.0 else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from igpt.checks import Above, AtLeast, Between, Count, Device, Natural, Options
+from igpt.checks import AtLeast, Between, Count, Device, Natural, Options
 from igpt.errors import ConfigError
 from igpt.model.config import Objective, PresetName
 
@@ -48,7 +48,7 @@ class PretrainOptions(Options):
     """Images in a step, over all accumulated parts."""
     accumulate: Count = 1
     """Parts that a batch is cut into, to save memory; the gradient stays that of the whole batch."""
-    lr: Annotated[float, Above(0)] = 0.003
+    lr: Annotated[float, Between(0, 1e30, low_open=True)] = 0.003
     """Peak learning rate."""
     warmup: Natural | None = None
     """Steps of linear warm-up; one epoch (at most a tenth of the run) when left out."""

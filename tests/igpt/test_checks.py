@@ -60,7 +60,8 @@ def wrong_values(hint: Any, limit: Any = None) -> Iterator[Any]:
             if limit.low is not None:
                 yield limit.low if limit.low_open else limit.low - 1
             if limit.high is not None:
-                yield limit.high if limit.high_open else limit.high + 1
+                above = limit.high + 1 if hint is int else max(limit.high + 1, math.nextafter(limit.high, math.inf))
+                yield limit.high if limit.high_open else above
     elif hint is str:
         yield from (7, None, b"row", {"row"})
         if isinstance(limit, Matches):
@@ -138,6 +139,8 @@ def test_the_ends_of_a_range_belong_to_it_unless_they_are_open() -> None:
         ({"bits": True}, "bits must be one of 1, 8, all, got True"),
         ({"bits": 8.0}, "bits must be one of 1, 8, all, got 8.0"),
         ({"parts": "ab"}, "parts must be a sequence, each a string, got 'ab'"),
+        ({"steps": 2**63}, r"steps must be an integer of at least 1 \(64 bits\), got 9223372036854775808"),
+        pytest.param({"rate": 10**400}, "rate must be a finite number above 0", id="beyond a float"),
         ({"wings": 2}, "Example has no setting 'wings'"),
     ],
     ids=str,

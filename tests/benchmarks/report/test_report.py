@@ -174,7 +174,12 @@ def test_a_comparison_with_nothing_is_refused(tmp_path: Path) -> None:
         compare.read_run(tmp_path)
     with pytest.raises(ValueError, match="neither a folder of results nor a git revision"):
         compare.measure_revision("no-such-revision", [])
+    with pytest.raises(ValueError, match="--compare: no-such-revision is neither a folder of results nor a git revision"):
+        compare.check("no-such-revision")
+    with pytest.raises(ValueError, match=r"holds no results\.jsonl"):
+        compare.check(str(tmp_path))
     (tmp_path / "results.jsonl").write_text(json.dumps(row("sdpa", 32)) + "\n")
+    compare.check(str(tmp_path))
     with pytest.raises(ValueError, match="no case in common"):
         compare.command(str(tmp_path), [row("flash", 32)], None, [])
 

@@ -9,8 +9,9 @@ import pytest
 
 from igpt.commands import info
 from igpt.commands.demo import DemoOptions, run_demo
-from igpt.errors import ConfigError
+from igpt.errors import CheckpointError, ConfigError
 from igpt.plots.page import Section, page
+from igpt.training.run_folder import RunLock
 
 
 @pytest.mark.slow
@@ -30,6 +31,15 @@ def test_demo_touches_no_folder_of_others(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no demo wrote"):
         run_demo(DemoOptions(out=tmp_path, steps=12))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_demo_leaves_the_run_of_the_first_alone(tmp_path: Path) -> None:
+    (tmp_path / ".igpt-demo").touch()
+    with RunLock(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").write_text("mine")
+        with pytest.raises(CheckpointError, match=r"another run is writing into .*run: process"):
+            run_demo(DemoOptions(out=tmp_path, steps=12))
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == "mine"
 
 
 def test_page_escapes_what_is_not_its_own(tmp_path: Path) -> None:

@@ -69,7 +69,11 @@ def test_every_option_is_documented(options: type) -> None:
         (["pretrain", "mnist", "--out", "x"], "digits"),
         (["sample", "no/such/run"], "no/such/run"),
         (["probe", "no/such/run", "digits"], "no/such/run"),
+        (["pretrain", "digits", "--out", "x", "--lr", "1e300"], "lr must be a finite number above 0 and at most 1e+30"),
+        (["sample", "x", "--n", str(2**63)], "n must be an integer of at least 1 (64 bits), got 9223372036854775808"),
         (["palette"], "source"),
+        (["layouts", "local2d:1", "--out", "notes.txt"], "out must end in .png, got 'notes.txt'"),
+        (["layouts", "local2d:1", "--size", "100000"], "size must be an integer from 1 to 4096, got 100000"),
         (["tokenize", "folder:/no/such/folder", "--palette", "x", "--out", "y.npy"], "/no/such/folder"),
     ],
 )
@@ -86,6 +90,55 @@ def test_mistakes_get_one_line(
     assert "Options" not in captured.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["palette", "digits", "--out", "taken"],
+        ["probe", "no/such/run", "digits", "--out", "taken"],
+        ["demo", "--out", "taken"],
+        ["layouts", "local2d:1", "--out", "taken/x.png"],
+        ["sample", "no/such/run", "--out", "taken/x.png"],
+        ["complete", "no/such/run", "digits", "--out", "taken/x.png"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_outputs_are_checked_before_the_work(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("igpt.data.open.open_source", lambda *_, **__: pytest.fail("read images"))
+    Path("taken").write_text("mine")
+    assert main.main(arguments) == 2
+    assert capsys.readouterr().err == "igpt: out: taken is a file, a folder is wanted\n"
+    assert Path("taken").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 2.73 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate\n4 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import igpt.commands.info
+
+    def greedy(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(igpt.commands.info, "run_info", greedy)
+    assert main.main(["info"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("igpt: out of memory: ")
+    assert "allocate" in said
+    assert said.count("\n") == 1
+
+
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     import igpt.commands.info
 
@@ -94,6 +147,13 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(igpt.commands.info, "run_info", broken)
     with pytest.raises(ValueError, match="a bug"):
+        main.main(["info"])
+
+    def failing(_: object) -> None:
+        raise RuntimeError("another bug")
+
+    monkeypatch.setattr(igpt.commands.info, "run_info", failing)
+    with pytest.raises(RuntimeError, match="another bug"):
         main.main(["info"])
 
 
