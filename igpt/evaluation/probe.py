@@ -29,7 +29,7 @@ from igpt.console import Console, aligned_table
 from igpt.errors import ConfigError, DataError, import_extra
 from igpt.evaluation.features import extract, vote_masks
 from igpt.machine import versions
-from igpt.model.inference import check_finite
+from igpt.model.inference import check_finite, check_model
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT
@@ -162,6 +162,7 @@ def linear_probe(
     if not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
         raise ConfigError(f"test_fraction must be above 0 and below 1, got {test_fraction!r}")
     seeds, seed, batch_size = check_int("seeds", seeds, 1), check_int("seed", seed, 0), check_int("batch_size", batch_size, 1)
+    check_model(model)
     check_finite(model)
     inputs, labels = _labelled("train", model, train)
     count = len(labels)

@@ -21,7 +21,7 @@ from igpt.generation.sampler import TokenSampler, exponential_noise, stream
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT
-from igpt.model.inference import check_finite, evaluating
+from igpt.model.inference import check_finite, check_model, evaluating
 
 Array = npt.NDArray[Any]
 
@@ -61,8 +61,10 @@ def sample(
 
     Raises:
         ConfigError: an argument out of range (named), or a ``bert`` model, which cannot be sampled.
+        TypeError: `model` is no `igpt.ImageGPT`.
         NonFiniteError: a weight is NaN or infinite (named; nothing is drawn), or a logit became so.
     """
+    check_model(model)
     n = check_int("n", n, 1)
     seed = check_int("seed", seed, 0)
     sampler = TokenSampler(temperature, top_k, top_p, model.config.vocab_size)
@@ -92,7 +94,7 @@ def complete(
     Args:
         model: with objective ``ar``; needs a palette when images are given.
         images_or_tokens: images, uint8 [N, h, w, 3] or [h, w, 3]; or tokens, integers [N, T] or [T].
-        keep: what stays: ``"top-half"`` (h // 2 rows), ``"rows:N"``, ``"pixels:N"`` (the first N in raster order), ; or
+        keep: what stays: ``"top-half"`` (h // 2 rows), ``"rows:N"``, ``"pixels:N"`` (the first N in raster order); or
             booleans [h, w] or [T], True = stays.
         n: completions of each image.
         temperature, top_k, top_p, seed, batch_size, progress: as in `sample`.
@@ -104,6 +106,7 @@ def complete(
         ConfigError: an argument out of range or of the wrong shape (named), or a ``bert`` model.
         NonFiniteError: as in `sample`.
     """
+    check_model(model)
     config = model.config
     n = check_int("n", n, 1)
     seed = check_int("seed", seed, 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, import_extra
-from igpt.files import read_json, replacing, write_json
+from igpt.files import describe, read_json, replacing, write_json
 from igpt.model.config import ImageGPTConfig
 
 if TYPE_CHECKING:
@@ -49,9 +49,17 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
 
     Raises:
         CheckpointError: a file is missing or malformed, a tensor is missing, unknown, non-finite or of another shape.
+        ConfigError: a device that is not there.
+        TypeError: `source` is no path.
     """
     from igpt.model.image_gpt import ImageGPT
 
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source must be a path or a hub id, got {type(source).__name__}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch is built without CUDA
+        raise ConfigError(f"device {device!r} cannot be used ({describe(error)})") from error
     folder = _folder(source)
     settings = _read_json(folder / "config.json")
     state = _canonical(_read_tensors(folder), folder)

@@ -112,7 +112,7 @@ class Attention(state.Swappable, nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each [B,H,T,D]
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # each [B,H,T,D]
         end = tokens
         if cache is not None:
             start, end = cache.length, cache.length + tokens
@@ -182,6 +182,8 @@ class ImageGPT(state.Swappable, nn.Module):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
+        if not isinstance(config, ImageGPTConfig):
+            raise TypeError(f"config must be an ImageGPTConfig, such as igpt.preset gives, got {type(config).__name__}")
         self.config = config
         self.palette: Palette | None = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -246,8 +248,8 @@ class ImageGPT(state.Swappable, nn.Module):
             ValueError, TypeError: shapes, dtypes or values that do not fit, named.
         """
         self._check(tokens, mask)
-        if targets is not None and targets.shape != tokens.shape:
-            raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
+        if targets is not None:
+            self._check_targets(tokens, targets)
         if self.sos is None and mask is None:
             mask = self.draw_mask(tokens.shape[0], generator)
         h = self._embed(tokens, mask)
@@ -295,8 +297,8 @@ class ImageGPT(state.Swappable, nn.Module):
             [B,C], or [L+1,B,C] for all layers.
         """
         layers = self.config.n_layer
-        if layer is not None and not 0 <= layer <= layers:
-            raise ValueError(f"layer must be from 0 to {layers}, got {layer}")
+        if layer is not None and not (isinstance(layer, int) and 0 <= layer <= layers):
+            raise ValueError(f"layer must be from 0 to {layers}, got {layer!r}")
         self._check(tokens, mask)
         h = self._embed(tokens, mask)
         found = []
@@ -387,8 +389,20 @@ class ImageGPT(state.Swappable, nn.Module):
                 raise ValueError(f"tokens must be from 0 to {self.config.vocab_size - 1}, got {low}..{high}")
         if mask is not None and self.sos is not None:
             raise ValueError("mask belongs to the bert objective; this model has objective 'ar'")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a bool tensor [B,T], got {type(mask).__name__}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape):
             raise ValueError(f"mask must be bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+
+    def _check_targets(self, tokens: Tensor, targets: Tensor) -> None:
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+            raise TypeError(f"targets must be an int64 tensor [B,T], got {getattr(targets, 'dtype', type(targets).__name__)}")
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
+        if targets is not tokens and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = targets[((targets < 0) | (targets >= self.config.vocab_size)) & (targets != -100)]
+            if wrong.numel():
+                raise ValueError(f"targets must be from 0 to {self.config.vocab_size - 1} or -100, got {int(wrong[0])}")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: torch.device | str = "cpu") -> ImageGPT:

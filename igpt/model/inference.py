@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from igpt.errors import NonFiniteError
+from igpt.model.config import ImageGPTConfig
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -17,6 +18,12 @@ def check_finite(model: torch.nn.Module) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; the model is broken")
+
+
+def check_model(model: object) -> None:
+    """Raise `TypeError` unless `model` is an `igpt.ImageGPT`, or one compiled."""
+    if not isinstance(getattr(model, "config", None), ImageGPTConfig):
+        raise TypeError(f"model must be an igpt.ImageGPT, got {type(model).__name__}")
 
 
 @contextlib.contextmanager

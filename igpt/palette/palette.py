@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from igpt.checks import check_int
 from igpt.errors import CheckpointError, ConfigError, DataError, IgptError
 from igpt.files import describe, write_json
 from igpt.kernels import state
@@ -153,8 +154,9 @@ class Palette(state.Swappable):
         Cost: 2 million pixels of photographs, k = 512: about 10 s on 2 idle cores.
         """
         pixels = check_pixels(images).reshape(-1, 3)
-        if not 2 <= k <= 65536 or max_pixels < 1 or seed < 0:
-            raise ConfigError(f"k must be 2..65536, max_pixels positive, seed not negative; got {k}, {max_pixels}, {seed}")
+        if check_int("k", k, 2) > 65536:
+            raise ConfigError(f"k must be from 2 to 65536, got {k}")
+        max_pixels, seed = check_int("max_pixels", max_pixels, 1), check_int("seed", seed, 0)
         if len(pixels) == 0:
             raise DataError("no pixels to learn a palette from")
         return cls(learn_colors(pixels, k, max_pixels=max_pixels, seed=seed, progress=progress))
@@ -168,6 +170,8 @@ class Palette(state.Swappable):
         Raises:
             ConfigError: k has no grid with 2 levels a channel or more; names the nearest numbers that have.
         """
+        if not isinstance(k, int) or isinstance(k, bool):
+            raise ConfigError(f"k must be an integer, got {k!r}")
         levels = _grid_levels(k) if 8 <= k <= 65536 else None
         if levels is None:
             near = sorted(range(8, 65537), key=lambda other: (abs(other - k), other))
@@ -188,6 +192,8 @@ class Palette(state.Swappable):
         Raises:
             CheckpointError: missing, or malformed; names the file and what is wrong with it.
         """
+        if not isinstance(path, (str, Path)):
+            raise TypeError(f"path must be a path or a hub id, got {type(path).__name__}")
         file = palette_file(path)
         try:
             colors, height, width = read_clusters(file)
@@ -273,7 +279,7 @@ class Palette(state.Swappable):
         length = array.shape[-1]
         if height is None and width is None:
             height = width = math.isqrt(length)
-        if height is None or width is None or height * width != length:
+        if height is None or width is None or check_int("height", height, 1) * check_int("width", width, 1) != length:
             raise ConfigError(f"{length} tokens are not an image of {height} x {width}; give its height and width")
         pixels: NDArray[np.uint8] = self._bytes[array].reshape(*array.shape[:-1], height, width, 3)
         return pixels

@@ -36,7 +36,7 @@ STATE = "state.json"
 OPTIMIZER = "optim.safetensors"
 _NEEDED = ("config.json", "model.safetensors", OPTIMIZER, STATE)
 _KINDS = ("step", "exp_avg", "exp_avg_sq")
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-([0-9]+)")
 _TRASH, _REPLACED = ".trash-", ".replaced-"
 
 
@@ -58,7 +58,7 @@ def find_damage(folder: Path | str) -> str | None:
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
         return f"no {MARKER} file: it was not written or copied to its end"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         return f"{MARKER} is not readable ({type(error).__name__}: {error})"
     for name in sorted({*files, *_NEEDED}):
         if name not in files or Path(name).name != name:
@@ -195,7 +195,7 @@ def remove_leftovers(run: Path | str) -> None:
         if path.name.startswith(_REPLACED) and not final.exists():
             os.rename(path, final)
         elif path.name.startswith((TEMPORARY, _TRASH, _REPLACED)):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_checkpoint(folder: Path | str, *, model: ImageGPT, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def load_checkpoint(folder: Path | str, *, model: ImageGPT, optimizer: torch.opt
         raise CheckpointError(f"checkpoint {folder}: {reason}")
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE}: not readable as JSON: {error}") from error
     if not isinstance(state, dict) or state.get("format") != 1 or not isinstance(state.get("step"), int):
         raise CheckpointError(f"{folder / STATE}: must hold an object with format 1 and an integer step")

@@ -99,7 +99,7 @@ class RunLock:
         """What the file `lock` says; empty where it says nothing."""
         try:
             owner = json.loads((self.run / LOCK).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return owner if isinstance(owner, dict) else {}
 
@@ -118,7 +118,8 @@ class RunLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lock is None:
             return
-        (self.run / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder of that name; the lock itself must go
+            (self.run / LOCK).unlink(missing_ok=True)
         self._release()
         if self._made:
             with contextlib.suppress(OSError):  # not empty; a run that failed before it began leaves nothing

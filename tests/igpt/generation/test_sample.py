@@ -277,6 +277,12 @@ def test_wrong_inputs_are_named(given: Any, message: str) -> None:
         complete(small(), given)
 
 
+@pytest.mark.parametrize("draw", [sample, complete])
+def test_what_is_no_model_is_named(draw: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be an igpt\.ImageGPT, got str"):
+        draw("runs/digits", 1)
+
+
 def test_bert_models_cannot_draw() -> None:
     model = small(objective="bert")
     with pytest.raises(ConfigError, match="'bert'"):
@@ -374,6 +380,24 @@ def test_sample_command_refuses_before_it_draws(
     monkeypatch.setattr("igpt.generation.sample.sample", lambda *_, **__: pytest.fail("drew"))
     with pytest.raises(IgptError, match=message):
         run_sample(SampleOptions(**{"model": str(saved), "out": tmp_path / "x.png", **changes}))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_tokens_beside_the_picture_are_checked_too(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("igpt.generation.sample.sample", lambda *_, **__: pytest.fail("drew"))
+    (tmp_path / "x.npy").mkdir()
+    with pytest.raises(ConfigError, match=r"out: the tokens go to .*x\.npy, which is a folder"):
+        run_sample(SampleOptions(model=str(saved), out=tmp_path / "x.png", device="cpu"))
+
+
+def test_a_picture_beyond_memory_loses_no_tokens(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def beyond(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 2.73 TiB")
+
+    monkeypatch.setattr("igpt.plots.grids.grid", beyond)
+    with pytest.raises(MemoryError):
+        run_sample(SampleOptions(model=str(saved), out=tmp_path / "x.png", n=2, device="cpu"))
+    assert np.load(tmp_path / "x.npy").shape == (2, 64)
     assert not (tmp_path / "x.png").exists()
 
 

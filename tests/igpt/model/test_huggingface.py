@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import igpt
-from igpt.errors import CheckpointError
+from igpt.errors import CheckpointError, ConfigError
 from igpt.model.image_gpt import ImageGPT
 from igpt.palette.palette import Palette
 from tests.models import random_model
@@ -228,3 +228,12 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert torch.equal(igpt.ImageGPT.from_pretrained("someone/imagegpt")(tokens).logits, model(tokens).logits)
     assert asked == ["someone/imagegpt"]
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device 'teapot' cannot be used"):
+        ImageGPT.from_pretrained(tmp_path, device="teapot")
+    with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used"):
+        ImageGPT.from_pretrained(tmp_path, device="cuda:99")
+    with pytest.raises(TypeError, match="source must be a path or a hub id, got NoneType"):
+        ImageGPT.from_pretrained(None)  # type: ignore[arg-type]

@@ -142,6 +142,8 @@ class TestFit:
             (np.zeros((4, 3), np.uint8), {"k": 65537}, ConfigError),
             (np.zeros((4, 3), np.uint8), {"max_pixels": 0}, ConfigError),
             (np.zeros((4, 3), np.uint8), {"seed": -1}, ConfigError),
+            (np.zeros((4, 3), np.uint8), {"k": "4"}, ConfigError),
+            (np.zeros((4, 3), np.uint8), {"max_pixels": "9"}, ConfigError),
         ],
     )
     def test_refuses(self, images: np.ndarray, options: dict[str, int], error: type[Exception]) -> None:
@@ -166,11 +168,12 @@ class TestUniform:
         assert tuple(len(np.unique(palette.colors[:, channel])) for channel in range(3)) == levels
 
     @pytest.mark.parametrize(
-        ("k", "near"), [(7, "8 and 12"), (2, "8 and 12"), (511, "510 and 512"), (-3, "8"), (65537, "65536")]
+        ("k", "near"),
+        [(7, "8 and 12"), (2, "8 and 12"), (511, "510 and 512"), (-3, "8"), (65537, "65536"), ("8", "k must be an integer")],
     )
-    def test_refuses(self, k: int, near: str) -> None:
+    def test_refuses(self, k: object, near: str) -> None:
         with pytest.raises(ConfigError, match=near):
-            Palette.uniform(k)
+            Palette.uniform(k)  # type: ignore[arg-type]
 
 
 class TestEncode:
@@ -245,6 +248,8 @@ class TestDecode:
             ([[0, 1]], (), ConfigError),
             ([[0, 1, 2, 3]], (3, 1), ConfigError),
             ([[0, 1, 2, 3]], (2, None), ConfigError),
+            ([[0, 1, 2, 3]], (-2, -2), ConfigError),
+            ([[0, 1, 2, 3]], (2.0, 2), ConfigError),
         ):
             with pytest.raises(error):
                 palette.decode(np.array(tokens), *sides)

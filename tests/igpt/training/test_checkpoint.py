@@ -178,6 +178,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "marker is a list": (_marker("[]"), "COMPLETE is not readable"),
     "marker without files": (_marker('{"files": {}}'), "does not list config.json"),
     "marker leads outside": (_marker('{"files": {"../x": ' + ENTRY + "}}"), "no file name"),
+    "marker size is infinite": (_marker('{"files": {"a": {"size": Infinity, "sha256": ""}}}'), "COMPLETE is not readable"),
+    "marker is deep": (_marker("[" * 100_000), "COMPLETE is not readable"),
     "marker size is a word": (_marker('{"files": {"a": {"size": "a", "sha256": ""}}}'), "COMPLETE is not readable"),
     "weights flipped": (_flip("model.safetensors"), "model.safetensors is damaged"),
     "moments flipped": (_flip("optim.safetensors"), "optim.safetensors is damaged"),
@@ -400,6 +402,13 @@ def test_what_a_killed_save_left_is_no_hindrance(tmp_path: Path) -> None:
     assert find_damage(folder) is None
     assert not (folder / "old").exists()
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_folders_of_others_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-٣").mkdir(parents=True)  # a digit, but not one that is written here
+    (tmp_path / "checkpoints" / ".tmp-step-30").touch()
+    saved(tmp_path, 4, keep=1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-٣", "step-4"}
 
 
 def test_resolve_model(tmp_path: Path) -> None:

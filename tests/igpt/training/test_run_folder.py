@@ -80,6 +80,16 @@ def test_a_lock_file_that_says_nothing_is_taken_over(tmp_path: Path, text: str) 
         pass
 
 
+def test_a_folder_named_lock_is_an_error_that_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(CheckpointError, match=r"out: cannot write into .*: Is a directory"), RunLock(tmp_path):
+        pytest.fail("entered")
+    (tmp_path / "lock").rmdir()
+    with RunLock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dead_owner_is_taken_over_and_another_host_is_not(tmp_path: Path) -> None:
     lock_file(tmp_path, pid=os.getppid(), host=socket.gethostname())  # it runs, but holds no lock
     with RunLock(tmp_path):
@@ -291,7 +301,7 @@ def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"step": "x"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"step": "x"}', '{"step": Infinity}', "[" * 100_000])
 def test_a_malformed_line_in_the_middle_is_named_and_kept(tmp_path: Path, line: str) -> None:
     text = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
