@@ -99,6 +99,20 @@ def check_attention(actual: AttentionResult, exact: AttentionResult, eager: Atte
     return worst
 
 
+def largest_logit(hidden: Tensor, weight: Tensor) -> float:
+    """The size that a logit may have: max‖hidden[i]‖·max‖weight[j]‖ (Cauchy-Schwarz); 0 where there is none.
+
+    A product of sums this size is known to a rounding of it, and so are the log-sum-exp and the loss: a floor of `error_ratio`.
+
+    Args:
+        hidden: [..., C].
+        weight: [V,C].
+    """
+    if not hidden.numel() or not weight.numel():
+        return 0.0
+    return math.prod(float(x.detach().double().norm(dim=-1).max()) for x in (hidden, weight))
+
+
 def cancelling_terms(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> float:
     """A floor for `check_attention`: the size of the terms that cancel in dQ and dK of a row that sees one key.
 

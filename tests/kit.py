@@ -231,10 +231,7 @@ def compare_loss(
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return loss, torch.logsumexp(hidden.detach().to(wide) @ weight.detach().to(wide).t(), -1)
 
-    rows, width = hidden.numel() // max(1, hidden.shape[-1]), hidden.shape[-1]
-    largest = 0.0
-    if rows and width:
-        largest = float(hidden.double().norm(dim=-1).max() * weight.double().norm(dim=-1).max())
+    largest = testing.largest_logit(hidden, weight)
     # A logit of size S is known to eps·S of float32, and so is its exponential.
     size = max(1.0, largest) if hidden.dtype == torch.float32 else 1.0
     floor = size * max(1.0, float(grad.abs().max()) if grad.numel() else 0.0)

@@ -118,7 +118,7 @@ def _operation(kind: _Kind) -> Operation:
         for place, (actual, true, low) in enumerate(zip(mine, exact, eager, strict=True)):
             factor = testing.GRADIENT_FACTOR if place else testing.OUTPUT_FACTOR
             name = f"gradient {place}" if place else "output"
-            floor = _summed(leaves[0], grad) if (place, kind.name) == (2, "rms_norm") else 0.0
+            floor = _floor(kind.name, place, leaves, grad)
             worst = max(worst, testing.error_ratio(actual, true, low, factor=factor, floor=floor, name=name))
         return worst
 
@@ -139,8 +139,17 @@ def _operation(kind: _Kind) -> Operation:
     )
 
 
+def _floor(op: str, place: int, leaves: Sequence[Tensor], grad: Tensor) -> float:
+    """The floor of `error_ratio` for the output (place 0) or a gradient: the size of the terms that it sums."""
+    if (op, place) == ("rms_norm", 2):
+        return _summed(leaves[0], grad)
+    if (op, place) == ("linear_cross_entropy", 0):  # one number, which plain PyTorch may hit by chance
+        return max(8.0, testing.largest_logit(*leaves))
+    return 0.0
+
+
 def _summed(x: Tensor, grad: Tensor) -> float:
-    """The floor of `error_ratio` for the gradient of the norm's weight: the sum of the sizes of its terms, over all rows.
+    """The sum of the sizes of the terms of the norm's weight's gradient, over all rows.
 
     Any order of summation is right to a rounding of that in float32, where torch.compile sums row after row; in units of the
     dtype's own rounding, which is what a floor is given in.

@@ -219,6 +219,12 @@ def test_terms_that_cancel_are_as_large_as_the_vectors_make_them() -> None:
     assert testing.cancelling_terms(q, k, v, grad, 0.1) == 8 * 2
 
 
+def test_no_logit_is_larger_than_the_largest() -> None:
+    hidden, weight = torch.full((3, 4), 1.5, requires_grad=True), torch.full((5, 4), -2.0)
+    assert testing.largest_logit(hidden, weight) == 12.0 == float((hidden @ weight.t()).abs().max())
+    assert testing.largest_logit(hidden[:0], weight) == testing.largest_logit(hidden[:, :0], weight[:, :0]) == 0.0
+
+
 def test_an_attention_may_be_twice_as_wrong_as_eager_and_its_gradients_three_times() -> None:
     names = [field.name for field in dataclasses.fields(testing.AttentionResult)]
 
