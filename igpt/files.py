@@ -7,12 +7,11 @@ import errno
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt.errors import ConfigError, DataError
+from igpt.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -119,21 +118,6 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({describe(error)})") from error
-
-
-def check_folder(path: Path) -> None:
-    """Find out before the work, not after, whether a folder for a command's outputs can be made and written. Makes nothing.
-
-    Raises:
-        ConfigError: it cannot; names the option `out`.
-    """
-    try:
-        place = next(each for each in (path, *path.parents) if each.exists())
-        if not place.is_dir():
-            raise ConfigError(f"out: {place} is a file, a folder is wanted")
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise ConfigError(f"out: cannot write into {path}: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

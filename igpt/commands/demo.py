@@ -20,7 +20,6 @@ from igpt.commands.complete import CompleteOptions
 from igpt.commands.probe import ProbeOptions
 from igpt.commands.sample import SampleOptions
 from igpt.errors import ConfigError, import_extra
-from igpt.files import check_folder
 from igpt.plots.page import Section, page
 from igpt.training.options import PretrainOptions
 from igpt.training.run_folder import RunLock
@@ -83,6 +82,8 @@ def run_demo(options: DemoOptions) -> Path:
 
 
 def _prepare(options: DemoOptions) -> Path:
+    from igpt.commands.pictures import check_folder
+
     out = options.out
     check_folder(out)
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():

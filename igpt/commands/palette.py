@@ -47,9 +47,10 @@ def run_palette(options: PaletteOptions) -> Palette:
     """The command `igpt palette`: learn or lay out a palette, write it and palette.png, print how much it loses."""
     from tqdm import tqdm
 
+    from igpt.commands.pictures import check_folder
     from igpt.data.open import open_source
     from igpt.data.palettes import sample_pixels
-    from igpt.files import check_folder, replacing
+    from igpt.files import replacing
     from igpt.palette.palette import Palette
     from igpt.plots.grids import palette_picture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +13,28 @@ import numpy as np
 import numpy.typing as npt
 
 from igpt.errors import ConfigError
-from igpt.files import check_folder, replacing
+from igpt.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
     from igpt.model.image_gpt import ImageGPT
+
+
+def check_folder(path: Path) -> None:
+    """Find out before the work, not after, whether a folder for a command's outputs can be made and written. Makes nothing.
+
+    Raises:
+        ConfigError: it cannot; names the option `out`.
+    """
+    try:
+        place = next(each for each in (path, *path.parents) if each.exists())
+        if not place.is_dir():
+            raise ConfigError(f"out: {place} is a file, a folder is wanted")
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write into {path}: {error.strerror}") from error
 
 
 def check_picture(out: Path) -> None:

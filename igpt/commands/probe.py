@@ -59,8 +59,9 @@ def run_probe(options: ProbeOptions) -> ProbeResult:
     from tqdm import tqdm
 
     from igpt.commands.inputs import images_to_probe, open_model
+    from igpt.commands.pictures import check_folder
     from igpt.evaluation.probe import linear_probe
-    from igpt.files import check_folder, replacing, write_json
+    from igpt.files import replacing, write_json
     from igpt.plots import curves
 
     import_extra("matplotlib", "eval")
