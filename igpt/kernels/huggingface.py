@@ -123,8 +123,6 @@ def share_call_state(modules: Mapping[nn.Module, str]) -> None:
         for inner in model.modules() if op == "model" else ():
             if modules.get(inner) == "attention":
                 inner.kernels_call = model.kernels_call  # type: ignore[assignment]
-                if isinstance(inner.kernels_kept, _Hooks):
-                    inner.kernels_kept.values["kernels_call"] = model.kernels_call
 
 
 def uninstall(module: nn.Module, op: str) -> None:

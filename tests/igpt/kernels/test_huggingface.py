@@ -432,6 +432,18 @@ def test_a_padded_batch_in_a_compiled_model(model: Any, tokens: Tensor) -> None:
     torch.compiler.reset()
 
 
+def test_an_attention_swapped_alone_learns_nothing_from_its_model(model: Any) -> None:
+    """Its model, swapped no longer, would not tell it that a later call is padded."""
+    attention = model.transformer.h[0].attn
+    with igpt.use_kernels(model):
+        shared = attention.kernels_call
+        assert shared is model.transformer.kernels_call
+    with igpt.use_kernels(attention):
+        assert attention.kernels_call is not shared
+    with igpt.use_kernels(model):
+        assert attention.kernels_call is shared
+
+
 @pytest.fixture
 def process_group(tmp_path: Any) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
