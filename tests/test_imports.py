@@ -63,8 +63,7 @@ TESTED_BY = {
     "igpt.model.inference": "tests/igpt/generation/test_sample.py",
     "igpt.data.array": "tests/igpt/data/test_digits.py, test_batches.py",
     "igpt.data.source": "tests/igpt/data/test_digits.py, test_folder.py",
-    "igpt.training.objectives": "tests/igpt/training/test_loop.py",
-    "igpt.training.options": "tests/igpt/test_checks.py, tests/igpt/training/test_loop.py",
+    "igpt.training.options": "tests/igpt/test_checks.py, tests/igpt/training/test_pretrain.py",
     "igpt.evaluation.features": "tests/igpt/evaluation/test_probe.py",
     "igpt.commands.": "tests/igpt/commands/test_main.py, and the test file of the module each command runs",
     "benchmarks.cases.": "tests/benchmarks/test_registry.py",
@@ -222,6 +221,8 @@ def test_every_module_has_its_test_file() -> None:
 def test_every_test_file_has_its_module() -> None:
     """A test file is named for a module, a kernel's file or a helper of the tests, or stands for the whole project."""
     whole = {"test_docs", "test_imports", "test_commits", "test_words"}
+    for subject in SUBJECTS:
+        assert (ROOT / subject).exists(), f"{subject} is listed, but gone"
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.relative_to(ROOT / "tests").parent
         stem = path.stem.removeprefix("test_")

@@ -1,391 +1,266 @@
-"""A run that was interrupted equals one that was not, bit for bit.
-
-As a script (``python test_pretrain.py FOLDER ROUNDS``) it kills runs with SIGKILL and prints what it saw as JSON: torch is
-imported once and each run is a fork, because 24 fresh interpreters would take minutes.
-"""
+"""Whole runs: what they leave, what they refuse, and that they change nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 
 from igpt.commands.pretrain import run_pretrain
-from igpt.errors import CheckpointError, ConfigError
+from igpt.data.batches import TokenBatches
+from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, NonFiniteError
+from igpt.kernels.state import active
+from igpt.model.config import preset
+from igpt.model.image_gpt import ImageGPT
+from igpt.model.inference import BITS
 from igpt.training import loop
-from igpt.training.checkpoint import checkpoints, find_damage, latest_checkpoint
-from igpt.training.data import TrainingData
 from igpt.training.loop import TrainResult
 from igpt.training.options import PretrainOptions
 from igpt.training.pretrain import pretrain
-from igpt.training.run_folder import TIME_FIELDS
+from igpt.training.run_folder import read_config
+from tests.runs import Options, lines, timeless, weights
 
-PALETTE = [[-1, -1, -1], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
-Options = Callable[..., PretrainOptions]
-
-
-def build(folder: Path, name: str = "run", **changes: Any) -> PretrainOptions:
-    """A run on 60 images of 3 x 4 tokens in 5 colours; cadences that do not divide each other."""
-    if not (folder / "tokens.npy").exists():
-        shift = np.random.default_rng(0).integers(0, 5, (60, 1))
-        np.save(folder / "tokens.npy", ((np.arange(12)[None] + shift) % 5).astype(np.uint8))
-        (folder / "tokens.json").write_text(
-            json.dumps({"height": 3, "width": 4, "vocab": 5, "classes": [], "clusters": PALETTE})
-        )
-    settings: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 8, "steps": 20, "batch_size": 8, "lr": 0.01, "warmup": 2}
-    settings |= {"log_every": 3, "val_every": 6, "sample_every": 8, "samples": 2, "checkpoint_every": 4, "weight_decay": 0.01}
-    return PretrainOptions(**({"source": f"tokens:{folder / 'tokens.npy'}", "out": folder / name} | settings | changes))
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-@pytest.fixture
-def options(tmp_path: Path) -> Options:
-    return lambda name="run", **changes: build(tmp_path, name, **changes)
-
-
-def traces(run: Path) -> dict[str, Any]:
-    """All that must be equal: lines of metrics without times, the newest checkpoint's tensors and state, pictures."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    newest = latest_checkpoint(run)
-    assert newest is not None
-    found: dict[str, Any] = {"metrics": [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in rows]}
-    for file in ("model.safetensors", "optim.safetensors"):
-        found[file] = {name: value.numpy().tobytes() for name, value in load_file(newest / file).items()}
-    found["state"] = json.loads((newest / "state.json").read_text())
-    found["samples"] = {path.name: path.read_bytes() for path in sorted((run / "samples").glob("*.png"))}
-    return found
-
-
-def stop_at(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM, where: str = "_update") -> None:
-    """Send this process a signal when the run reaches `step` in the method `where`."""
-    method = getattr(loop.Trainer, where)
-
-    def interrupted(self: Any) -> None:
-        if self.step == step and self.signals.received is None:
-            os.kill(os.getpid(), number)
-        method(self)
-
-    patch.setattr(loop.Trainer, where, interrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["ar", "bert"])
-@pytest.mark.parametrize("step", [1, 4, 6, 8, 17, 20])
-def test_stopped_and_resumed_equals_uninterrupted(options: Options, objective: str, step: int) -> None:
-    whole = pretrain(options("whole", objective=objective), progress=False)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, step - 1)
-        first = pretrain(options(objective=objective), progress=False)
-    assert (first.step, first.stopped_by) == (step, signal.SIGTERM)  # also at 20: validation was left to do
-    assert first.checkpoint == first.run / "checkpoints" / f"step-{step}"
-    second = pretrain(options(objective=objective, resume=True), progress=False)
-    assert second.stopped_by is None
-    assert traces(second.run) == traces(whole.run)
-    assert second == TrainResult(**(vars(whole) | {"run": second.run, "checkpoint": second.run / "checkpoints" / "step-20"}))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["_validate", "_sample"])
-@pytest.mark.parametrize("step", [6, 8, 20])
-def test_validation_and_sampling_break_off_and_are_made_up_for(options: Options, where: str, step: int) -> None:
-    if (where, step) in (("_validate", 8), ("_sample", 6)):
-        where = "_sample" if where == "_validate" else "_validate"
-    whole = pretrain(options("whole"), progress=False)
-    for name in ("a", "b"):
-        with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, step, where=where)
-            first = pretrain(options(name), progress=False)
-        assert (first.step, first.stopped_by) == (step, signal.SIGTERM)
-        state = json.loads((first.run / "checkpoints" / f"step-{step}" / "state.json").read_text())
-        assert state["pending"][0] == where.strip("_")
-    # A second interruption at the same place, and then a death after the late work but before it is in a checkpoint.
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, step, where=where)
-        again = pretrain(options("a", resume=True), progress=False)
-    assert (again.step, again.stopped_by) == (step, signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            pretrain(options("a", resume=True), progress=False)
-    for name in ("a", "b"):
-        assert traces(pretrain(options(name, resume=True), progress=False).run) == traces(whole.run)
-
-
-def test_many_lives_equal_one(options: Options) -> None:
-    whole = pretrain(options("whole"), progress=False)
-    for step in (2, 3, 7, 11, 12, 18):
-        with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, step)
-            assert pretrain(options(resume=True), progress=False).step == step + 1
-    assert traces(pretrain(options(resume=True), progress=False).run) == traces(whole.run)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_exit_code_tells_of_the_signal(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
-) -> None:
-    stop_at(monkeypatch, 5, number)
-    assert run_pretrain(options()) == code
+def test_what_a_run_leaves_and_says(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    given = options(sample_every=3, samples=3, keep=1)
+    assert run_pretrain(given) == 0
+    run = given.out
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.toml", "metrics.jsonl", "samples"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-6"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-3.png", "step-6.png"]
+    with Image.open(run / "samples" / "step-6.png") as picture:
+        assert picture.width > picture.height
+    resolved = read_config(run)
+    assert (resolved.height, resolved.width, resolved.n_layer, resolved.warmup) == (3, 4, 1, 2)
     out, err = capsys.readouterr()
-    assert "step 6 of 20" in out
-    assert f"stopped by {signal.Signals(number).name}: " in err
-    assert "step-6 is written, --resume goes on" in err
-
-
-def test_a_signal_while_preparing_ends_without_a_run(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    monkeypatch.setattr(TrainingData, "baseline", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    given = options()
-    assert pretrain(given, progress=False) == TrainResult(run=given.out, stopped_by=signal.SIGTERM)
-    assert run_pretrain(given) == 143
-    assert not given.out.exists()
-
-
-def test_a_signal_while_saving_lets_the_save_finish(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = loop.save_checkpoint
-
-    def interrupted(*args: Any, **named: Any) -> Path:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return save(*args, **named)
-
-    monkeypatch.setattr(loop, "save_checkpoint", interrupted)
-    result = pretrain(options(), progress=False)
-    assert (result.step, result.stopped_by) == (4, signal.SIGTERM)
-    assert find_damage(result.run / "checkpoints" / "step-4") is None
-    last = pretrain(options("last", checkpoint_every=99), progress=False)
-    assert (last.step, last.stopped_by) == (20, None)  # it came too late to stop anything
-
-
-def test_a_finished_run_has_nothing_to_resume(options: Options) -> None:
-    first = pretrain(options(), progress=False)
-    before = traces(first.run)
-    assert pretrain(options(resume=True), progress=False) == first
-    assert traces(first.run) == before
-
-
-def test_resume_starts_where_there_is_nothing_yet(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pretrain(options("whole"), progress=False)
-    assert traces(pretrain(options("a", resume=True), progress=False).run) == traces(whole.run)
-
-    def die(*_: Any, **__: Any) -> None:
-        raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", die)
-        with pytest.raises(RuntimeError, match="power cut"):
-            pretrain(options("b"), progress=False)
-    assert checkpoints(options("b").out) == []
-    assert (options("b").out / "metrics.jsonl").read_text() != ""
-    assert traces(pretrain(options("b", resume=True), progress=False).run) == traces(whole.run)
-
-
-def test_a_longer_run_goes_on(options: Options) -> None:
-    pretrain(options(), progress=False)
-    longer = pretrain(options(steps=24, resume=True, log_every=1), progress=False)
-    rows = [row for row in traces(longer.run)["metrics"] if "loss" in row]
-    assert [row["step"] for row in rows][-6:] == [18, 20, 21, 22, 23, 24]
-    assert rows[-4]["lr"] > 0  # the cosine ends at 24 now
-    assert "steps = 24" in (longer.run / "config.toml").read_text()
-    with pytest.raises(ConfigError, match="steps: the run has made 24 steps already and cannot end at 20"):
-        pretrain(options(resume=True), progress=False)
-
-
-def test_other_settings_are_refused_and_nothing_is_touched(options: Options) -> None:
-    run = pretrain(options(), progress=False).run
-    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-    with pytest.raises(ConfigError, match=r"--resume cannot change lr: the run has 0\.01, this command says 0\.02"):
-        pretrain(options(lr=0.02, resume=True), progress=False)
-    (run / "config.toml").write_text("steps = [")
-    with pytest.raises(ConfigError, match=r"config.toml: not readable as TOML"):
-        pretrain(options(resume=True), progress=False)
-    (run / "config.toml").write_bytes(before[run / "config.toml"])
-    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
-
-
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(options: Options) -> None:
-    whole = pretrain(options("whole"), progress=False)
-    run = pretrain(options(steps=20), progress=False).run
-    newest, older = (folder for _, folder in checkpoints(run))
-    with (newest / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"x")
-    with pytest.warns(UserWarning, match=r"skipped checkpoint .*step-20: model.safetensors is damaged"):
-        result = pretrain(options(resume=True), progress=False)
-    assert traces(result.run) == traces(whole.run)
-    assert older.name == "step-16"
-    for _, folder in checkpoints(run):
-        (folder / "COMPLETE").unlink()
-    before = (run / "metrics.jsonl").read_bytes()
-    with (
-        pytest.warns(UserWarning, match="no COMPLETE"),
-        pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"),
+    assert out.count("\n") == 1
+    assert "step 6 of 6" in out
+    for word in (
+        "model: 1 layers, 2 heads, width 8",
+        "54 training and 6 validation",
+        "histogram of each position",
+        "kernels: ",
+        "step 3: ",
     ):
-        pretrain(options(resume=True), progress=False)
-    assert (run / "metrics.jsonl").read_bytes() == before
+        assert word in err
+    assert "it/s" not in err  # no bars where stderr is no terminal
 
 
-def test_a_kill_while_the_only_checkpoint_is_replaced_does_not_begin_anew(
-    options: Options, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = pretrain(options(keep=1), progress=False).run
-    before = traces(run)
-    ((_, folder),) = checkpoints(run)
-    folder.rename(folder.with_name(f".replaced-{folder.name}"))
-    monkeypatch.setattr(loop.Trainer, "_update", lambda self: pytest.fail("no step is left to make"))
-    assert pretrain(options(keep=1, resume=True), progress=False).step == 20
-    assert traces(run) == before
+@pytest.mark.parametrize("lr", [0.01, 1e30])
+def test_files_are_closed_at_the_end_and_after_an_error(options: Options, monkeypatch: pytest.MonkeyPatch, lr: float) -> None:
+    closed: list[object] = []
+    wanted: list[object] = []
+    for kind in (loop.Metrics, TokenBatches):
+        close = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, close=close: (closed.append(self), close(self)))
+    train = loop.Trainer.train
+
+    def spy(self: loop.Trainer) -> TrainResult:
+        wanted.extend([self.metrics, self.data.train])
+        return train(self)
+
+    monkeypatch.setattr(loop.Trainer, "train", spy)
+    with pytest.raises(NonFiniteError) if lr > 1 else contextlib.nullcontext():
+        pretrain(options(lr=lr, warmup=0), progress=False)
+    assert len(wanted) == 2
+    assert {*map(id, wanted)} <= {*map(id, closed)}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("pending", None),
-        ("window", 3),
-        ("val_loss", "low"),
-        ("histogram_loss", [1.0]),
-        ("window", ["x"]),
-        ("pending", ["dance"]),
-    ],
-)
-def test_a_state_that_makes_no_sense_is_named(options: Options, name: str, value: Any) -> None:
-    import hashlib
-
-    run = pretrain(options(), progress=False).run
-    folder = run / "checkpoints" / "step-20"
-    state = json.loads((folder / "state.json").read_text())
-    text = json.dumps(state | {name: value}).encode()
-    (folder / "state.json").write_bytes(text)
-    marker = json.loads((folder / "COMPLETE").read_text())
-    marker["files"]["state.json"] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (folder / "COMPLETE").write_text(json.dumps(marker))
-    with pytest.raises(CheckpointError, match=f"state.json: {name} cannot be"):
-        pretrain(options(resume=True), progress=False)
-
-
-def test_other_conditions_are_said(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "versions", lambda: {"torch": "1.0"})
-        pretrain(options(), progress=False)
-    pretrain(options(resume=True, keep=5))
-    err = capsys.readouterr().err
-    assert f"resume: igpt None -> 0.1.0, torch 1.0 -> {torch.__version__}, " in err
-    assert "threads" not in err
-    assert "resume: keep: 2 -> 5" in err
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    root = str(Path(sys.modules["igpt"].__path__[0]).parent)
-    found = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), "24"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+def test_the_golden_loss_curve(tmp_path: Path) -> None:
+    golden = json.loads((GOLDEN / "loss_curve.json").read_text())
+    run = pretrain(PretrainOptions(out=tmp_path / "run", **golden["options"]), progress=False).run
+    rows = lines(run)
+    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(golden["loss"], rel=1e-3), (
+        f"the loss curve changed; if that is meant, run: {golden['command']}"
     )
-    assert found.returncode == 0, found.stderr[-3000:]
-    seen = json.loads(found.stdout)
-    assert seen["kills"] >= 24
-    assert seen["unreadable"] == []
-    assert seen["finished"] >= 2
-    assert seen["different"] == []
-    assert len(seen["inside a save"]) >= 3  # the moments were not all harmless ones
-    assert seen["resumed at"] != []
+    assert rows[-1]["val_loss"] == pytest.approx(golden["val_loss"], rel=1e-3)
+    assert rows[-1]["histogram_loss"] == pytest.approx(golden["histogram_loss"], rel=1e-9)
 
 
-def _child(options: PretrainOptions, fatal: int | None) -> None:
-    """Train; with `fatal`, die by SIGKILL at that file system call of this life, before or after it is done."""
-    calls = 0
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == fatal and calls % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            found = real(*args, **named)
-            if calls == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return found
-
-        return call
-
-    if fatal is not None:
-        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
-            setattr(os, name, deadly(getattr(os, name)))
-    pretrain(options, progress=False)
+def test_regenerating_the_golden_curve_is_one_command() -> None:
+    golden = json.loads((GOLDEN / "loss_curve.json").read_text())
+    script = Path(golden["command"].split()[1])
+    assert (GOLDEN.parents[1] / script).exists()
+    found = subprocess.run([sys.executable, GOLDEN / "regenerate.py", "--list"], capture_output=True, text=True, check=True)
+    assert "loss_curve.json" in found.stdout
 
 
-def _main(folder: Path, rounds: int) -> None:
-    import igpt.generation.sample  # noqa: F401 - imported here once, not in every fork
-
-    torch.set_num_threads(1)
-    warm = torch.nn.Parameter(torch.zeros(1))
-    warm.grad = torch.zeros(1)
-    torch.optim.AdamW([warm]).step()  # imports a second's worth of torch that each fork would import anew
-    warnings.simplefilter("error")  # a damaged checkpoint would give a warning
-    chance = random.Random(0)
-    seen: dict[str, Any] = {"kills": 0, "unreadable": [], "finished": 0, "different": [], "inside a save": [], "resumed at": []}
-
-    def life(options: PretrainOptions, fatal: int | None, seconds: float | None) -> bool:
-        """One process; True when it was killed."""
-        pid = os.fork()
-        if pid == 0:
-            try:
-                _child(options, fatal)
-            except BaseException as error:
-                sys.stderr.write(f"{type(error).__name__}: {error}\n")
-                os._exit(1)
-            os._exit(0)
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status):
-            return True
-        if os.WEXITSTATUS(status):
-            raise SystemExit("a run failed by itself")
-        return False
-
-    settings: dict[str, Any] = {"steps": 24, "checkpoint_every": 2, "sample_every": 11}
-    life(build(folder, "whole", **settings), None, None)
-    whole = traces(folder / "whole")
-    began = time.perf_counter()
-    life(build(folder, "timing", **settings), None, None)
-    usual = time.perf_counter() - began
-    while seen["kills"] < rounds or seen["finished"] < 2:
-        options = build(folder, f"run-{seen['finished']}", resume=True, **settings)
-        timed = chance.random() < 0.5
-        fatal, seconds = (None, chance.uniform(0.05, 0.6) * usual) if timed else (chance.randint(1, 90), None)
-        killed = life(options, fatal, seconds)
-        parent = options.out / "checkpoints"
-        seen["kills"] += killed
-        if killed and parent.exists():
-            half = [path.name for path in parent.iterdir() if path.name.startswith(".")]
-            seen["inside a save"] += half
-            seen["unreadable"] += [str(path) for _, path in checkpoints(options.out) if find_damage(path) is not None]
-            newest = latest_checkpoint(options.out)
-            seen["resumed at"].append(None if newest is None else newest.name)
-        if not killed:
-            seen["finished"] += 1
-            if traces(options.out) != whole:
-                seen["different"].append(options.out.name)
-    print(json.dumps(seen))
+def test_the_same_settings_give_the_same_run(options: Options) -> None:
+    a, b = (pretrain(options(name), progress=False).run for name in "ab")
+    c = pretrain(options("c", seed=1), progress=False).run
+    assert timeless(a) == timeless(b) != timeless(c)
+    assert all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
 
 
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))
+def test_nothing_of_the_process_is_changed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    other = ImageGPT(preset("tiny", n_layer=1, n_embd=8, height=2, width=2)).blocks[0].attn
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    seen: list[Any] = []
+
+    def state() -> list[Any]:
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # type: ignore[union-attr, index]
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            signal.getsignal(signal.SIGTERM),
+            signal.getsignal(signal.SIGINT),
+            torch.is_grad_enabled(),
+        ]
+
+    before = state()
+    update = loop.Trainer._update
+
+    def spy(self: Any) -> None:
+        seen.append(
+            (
+                torch.are_deterministic_algorithms_enabled(),
+                active(self.model.blocks[0].attn, "attention"),
+                active(other, "attention"),
+            )
+        )
+        update(self)
+
+    monkeypatch.setattr(loop.Trainer, "_update", spy)
+    pretrain(options("a"), progress=False)
+    assert state() == before
+    pretrain(options("b", deterministic=False, kernels="off"), progress=False)
+    assert state() == before
+    assert seen[0][0] is True
+    assert seen[0][1] is not None
+    assert seen[0][2] is None  # only the model in training
+    assert seen[-1] == (False, None, None)
+    broken = options("c", lr=1e30, warmup=0)
+    with pytest.raises(NonFiniteError):
+        pretrain(broken, progress=False)
+    assert state() == before
+
+
+def test_kernels_change_how_not_what(options: Options) -> None:
+    on, off = (timeless(pretrain(options(name, kernels=name), progress=False).run) for name in ("auto", "off"))
+    for a, b in zip(on, off, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_bfloat16_trains_float32_weights(options: Options) -> None:
+    fine, rough = (pretrain(options(name, precision=name), progress=False) for name in ("fp32", "bf16"))
+    assert rough.val_loss == pytest.approx(fine.val_loss, rel=0.05)
+    assert rough.val_loss != fine.val_loss
+    assert {value.dtype for value in weights(rough.run).values()} == {torch.float32}
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], type[IgptError], str]] = {
+    "source": ({"source": "digts"}, ConfigError, "digts"),
+    "missing file": ({"source": "tokens:gone.npy"}, DataError, "gone.npy"),
+    "size": ({"height": 4, "width": 4}, ConfigError, "3 x 4"),
+    "palette": ({"palette": "uniform:2000000"}, ConfigError, "2000000"),
+    "preset": ({"preset": "igpt-xs"}, ConfigError, "igpt-xs"),
+    "heads": ({"n_head": 3}, ConfigError, "n_head"),
+    "device": ({"device": "tpu"}, ConfigError, "device must be auto, cpu, cuda"),
+    "device number": ({"device": "cuda:77"}, ConfigError, "device: cuda:77 is not there"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_named_and_leaves_no_folder(options: Options, what: str) -> None:
+    changes, kind, reason = MISTAKES[what]
+    out = options().out
+    with pytest.raises(kind, match=reason):
+        pretrain(options(**changes), progress=False)
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused(options: Options) -> None:
+    given = options()
+    pretrain(given, progress=False)
+    before = timeless(given.out)
+    with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
+        pretrain(given, progress=False)
+    assert timeless(given.out) == before
+    other = options("other")
+    other.out.mkdir()
+    (other.out / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        pretrain(other, progress=False)
+    assert [path.name for path in other.out.iterdir()] == ["thesis.tex"]
+
+
+def test_two_runs_in_one_folder(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, errors = options(), []
+    update = loop.Trainer._update
+
+    def second(self: Any) -> None:
+        if self.step == 2:
+            with pytest.raises(CheckpointError, match="another run is writing"):
+                pretrain(options(resume=True), progress=False)
+            errors.append(1)
+        update(self)
+
+    monkeypatch.setattr(loop.Trainer, "_update", second)
+    assert pretrain(given, progress=False).step == 6
+    assert errors == [1]
+
+
+def test_tokens_without_a_palette_train_without_pictures(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokens.json").unlink()
+    result = pretrain(options(sample_every=1, height=3, width=4))
+    assert "samples: none, no palette" in capsys.readouterr().err
+    assert result.step == 6
+    assert not (result.run / "samples").exists()
+
+
+def test_bert_learns_and_draws_nothing(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    result = pretrain(options(objective="bert", sample_every=1, steps=40, batch_size=32))
+    assert "samples: none, a bert model cannot draw" in capsys.readouterr().err
+    rows = [row["loss"] for row in lines(result.run) if "loss" in row]
+    assert np.mean(rows[-5:]) < rows[0]
+
+
+def test_digits_with_a_learned_palette(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "steps": 3, "batch_size": 16, "samples": 4}
+    result = pretrain(PretrainOptions(source="digits", out=tmp_path / "run", palette="fit:8", **settings))
+    assert "palette: 8 colours, mean" in capsys.readouterr().err
+    assert (result.run / "samples" / "step-3.png").exists()
+    assert result.checkpoint is not None
+    model = ImageGPT.from_pretrained(result.checkpoint)
+    assert model.palette is not None
+    assert model.palette.size == model.config.vocab_size == 8
+    assert result.val_loss is not None
+    assert result.val_loss * BITS <= 3.0  # no worse than 8 even colours
+
+
+def test_damaged_photographs_stop_the_run_or_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    colors = np.random.default_rng(0).integers(0, 256, (12, 3, 4, 3), dtype=np.uint8)
+    for number, pixels in enumerate(colors):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:60])
+    settings: dict[str, Any] = {"source": f"photos:{folder}", "palette": "uniform:8", "n_layer": 1, "n_head": 1, "n_embd": 8}
+    settings |= {"steps": 3, "batch_size": 4, "sample_every": 0}
+    with pytest.raises(DataError, match=r"05\.png"):
+        pretrain(PretrainOptions(out=tmp_path / "a", **settings), progress=False)
+    assert run_pretrain(PretrainOptions(out=tmp_path / "b", bad_images="skip", **settings)) == 0
+    assert "1 damaged images skipped" in capsys.readouterr().out
