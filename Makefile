@@ -40,7 +40,7 @@ test-hf: env ## Tests of swapped Hugging Face models with another release (TRANS
 	@test -d $(VENV)/transformers-$(TRANSFORMERS) || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --target $(VENV)/transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
 	@PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} \
-		tests/igpt/kernels/test_huggingface.py
+		tests/igpt/kernels/test_huggingface.py tests/igpt/kernels/test_huggingface_swaps.py
 
 gpu: ## With a GPU and torch: build, kernel variants, tests, sanitizers (six minutes; PARTS="build bench summary"). Installs nothing.
 	@PYTHONPATH=. $(PYTHON) -m tools.gpu $(if $(PARTS),--parts $(PARTS))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # So that a failing assert in them shows its values, as one in a test does.
-pytest.register_assert_rewrite("tests.kit", "tests.operators")
+pytest.register_assert_rewrite("tests.kit", "tests.operators", "tests.runs", "tests.huggingface")
 
 # Interpreted and compiled kernels cannot share a process: test_interpreter.py runs that folder in one of its own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]

@@ -236,6 +236,7 @@ def test_every_test_file_has_its_module() -> None:
 SUBJECTS = {
     "tests/igpt_kernels/test_sparse.py": "block_sparse_attention, which has no module of its own",
     "tests/igpt_kernels/_triton/test_interpreter.py": "starts tests/interpreter",
+    "tests/igpt/kernels/test_huggingface_swaps.py": "use_kernels on models of transformers",
     "tests/igpt/training/test_resume.py": "pretrain, continued",
     "tests/benchmarks/report/test_report.py": "all of benchmarks/report",
 }
