@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ PAIRS = {
     for one, other in (("keys", "queries"), ("queries", "keys"))
 }
 """Backward kernels that one launcher launches together."""
+FLAGS = ("descriptors", "whole_head", "gluon")
+"""Fields of a configuration that are true where an entry of a table names them."""
 WIDEST = 8192
 """Widest row that a table lists; wider ones, where a kernel takes them, run with its configuration."""
 
@@ -39,6 +41,9 @@ class Config:
         num_stages: tiles in flight between memory and the multiplications; where nothing is multiplied (norm, activation),
             programs that a multiprocessor holds at once.
         maxnreg: most registers a thread may take, so that more programs fit on a multiprocessor; 0 leaves it to the compiler.
+        descriptors: load tiles by the copy engine of compute capability 9.0 and later (TMA), where strides allow it.
+        whole_head: a head in one part padded to a power of two (96 as 128, zeros beyond), not in two (64 and 32).
+        gluon: the kernel written in Gluon, with a warp that copies and warpgroups that compute; compute capability 9.0.
     """
 
     block_m: int
@@ -46,14 +51,44 @@ class Config:
     num_warps: int
     num_stages: int
     maxnreg: int = 0
+    descriptors: bool = False
+    whole_head: bool = False
+    gluon: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            free = name in ("num_stages", "maxnreg")
+        for name in ("block_m", "block_n", "num_warps", "num_stages", "maxnreg"):
+            value, free = getattr(self, name), name in ("num_stages", "maxnreg")
             if not isinstance(value, int) or value < (name != "maxnreg") or (not free and value & (value - 1)):
                 raise ValueError(
                     f"{name} must be a power of two (num_stages: any positive number; maxnreg: 0 or more), got {value!r}"
                 )
+
+    @classmethod
+    def read(cls, values: Sequence[int | str]) -> Config:
+        """From an entry of a table: four or five numbers in the order of the attributes, then names of those that are true.
+
+        Raises:
+            ValueError: a number out of range, or a name that is no attribute.
+            TypeError: too few numbers, or too many.
+        """
+        flags = [value for value in values if isinstance(value, str)]
+        if unknown := sorted({*flags} - {*FLAGS}):
+            raise ValueError(f"flags must be of {', '.join(FLAGS)}, got {', '.join(unknown)}")
+        numbers = [value for value in values if not isinstance(value, str)]
+        if not 4 <= len(numbers) <= 5:
+            raise TypeError(f"a configuration must have four or five numbers, got {len(numbers)}")
+        return cls(*numbers, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
+
+    @property
+    def entry(self) -> list[int | str]:
+        """As an entry of a table; `read` is the way back."""
+        numbers = [self.block_m, self.block_n, self.num_warps, self.num_stages]
+        return [*numbers, *([self.maxnreg] if self.maxnreg else []), *(flag for flag in FLAGS if getattr(self, flag))]
+
+    def __str__(self) -> str:
+        """The entry on one line: ``128x64,8,3`` and what follows."""
+        m, n, *rest = self.entry
+        return ",".join(map(str, (f"{m}x{n}", *rest)))
 
     @property
     def options(self) -> dict[str, int]:
@@ -73,12 +108,12 @@ def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Config]]]:
     try:
         kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
         return {
-            kernel: {bits: {dim: Config(*values) for dim, values in dims.items()} for bits, dims in by_bits.items()}
+            kernel: {bits: {dim: Config.read(values) for dim, values in dims.items()} for bits, dims in by_bits.items()}
             for kernel, by_bits in kernels.items()
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} must hold kernels -> bits -> head dim -> [block_m, block_n, num_warps, num_stages(, maxnreg)]"
+            f"{path} must hold kernels -> bits -> head dim -> [block_m, block_n, num_warps, num_stages(, maxnreg)(, flags)]"
         ) from error
 
 

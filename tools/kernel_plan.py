@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ ATTENTION: dict[str, Tiles] = {
 }
 PRODUCTS = {"forward": 4, "keys": 8, "queries": 6}
 """FLOPs of a visible pair and value of a head: two for each matrix product of the kernel."""
+NAMES = ("kernel", "head_dim", *(field.name for field in fields(Config)))
+"""Columns that say which variant a row is of."""
 DEVICE = "cuda"
 TOKENS, HEADS = 16384, 16
 SIDE, SPARSE_HEADS = 128, 32
@@ -98,6 +100,12 @@ class Variant:
         return {"kernel": self.kernel, "head_dim": self.head_dim, **asdict(self.config)}
 
 
+def parse(text: str) -> Config:
+    """A configuration as it prints: ``128x64,8,3,128,descriptors``."""
+    values = text.replace("x", ",", 1).split(",")
+    return Config.read([int(value) if value.isdigit() else value for value in values])
+
+
 def variants(kernels: Sequence[str] = ()) -> Iterator[Variant]:
     """All of them, or those of kernels whose name begins with one of `kernels`; head dims that matter most come first."""
     for head_dim in (64, 128, 96, 32, 192, 256):
@@ -105,7 +113,7 @@ def variants(kernels: Sequence[str] = ()) -> Iterator[Variant]:
             if head_dim in dims and (not kernels or kernel.startswith(tuple(kernels))):
                 device = torch.device(DEVICE, 0)
                 shipped = tuning.lookup(kernel, dtype=torch.bfloat16, head_dim=head_dim, device=device)
-                tried = [Config(*map(int, one.replace("x", ",").split(","))) for one in dims[head_dim].split()]
+                tried = [parse(one) for one in dims[head_dim].split()]
                 for config in dict.fromkeys([shipped, *tried]):
                     yield Variant(kernel, head_dim, config)
 
@@ -226,7 +234,7 @@ def check(out: Path, kernels: Sequence[str], seconds: float, workers: int) -> No
         f"{len(found)} of {total} variants checked, {len(failed)} failed, {deadline - time.monotonic():.0f} s left", flush=True
     )
     for row in failed:
-        name = [row[key] for key in ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "maxnreg")]
+        name = [row[key] for key in NAMES]
         print(*name, row["reason"][:120], flush=True)
 
 
@@ -413,9 +421,8 @@ def row_candidates(kernel: str, shipped: Config) -> list[Config]:
 def measure(rows: Rows, checks: Path, kernels: Sequence[str], seconds: float, repeats: int) -> None:
     """Time what `check` found right, its peers, and the kernels that it does not check: decoding, norm, activation, loss."""
     deadline = time.monotonic() + seconds
-    names = ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "maxnreg")
     found = [json.loads(line) for line in checks.read_text(encoding="utf-8").splitlines()]
-    right = {tuple(row[name] for name in names) for row in found if row["kind"] == "check" and row["status"] == "ok"}
+    right = {tuple(row[name] for name in NAMES) for row in found if row["kind"] == "check" and row["status"] == "ok"}
     rows.write(machine_row())
     for head_dim in () if kernels else (64, 128, 96):
         for row in peers(head_dim, repeats):
@@ -424,7 +431,7 @@ def measure(rows: Rows, checks: Path, kernels: Sequence[str], seconds: float, re
         if time.monotonic() > deadline:
             print(f"time is over at {variant}", flush=True)
             break
-        if tuple(variant.row()[name] for name in names) not in right:
+        if tuple(variant.row()[name] for name in NAMES) not in right:
             continue
         try:
             for row in time_variant(variant, repeats):

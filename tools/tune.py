@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -47,9 +46,9 @@ def best(
             # Any failure of a candidate, of the compiler's too, only means that it is not chosen; the shipped one must run.
             if config == shipped:
                 raise
-            print(f"  {astuple(config)}: {type(error).__name__}", flush=True)
+            print(f"  {config}: {type(error).__name__}", flush=True)
     fastest, config = min(found, key=lambda pair: pair[0])
-    print(f"{kernel} {bits} bits, size {size}: {astuple(config)} {fastest:.3f} ms, shipped {found[0][0]:.3f} ms", flush=True)
+    print(f"{kernel} {bits} bits, size {size}: {config} {fastest:.3f} ms, shipped {found[0][0]:.3f} ms", flush=True)
     return config if fastest < 0.98 * found[0][0] else shipped
 
 
@@ -59,13 +58,13 @@ def main() -> int:
         print("tools.tune needs an NVIDIA GPU, and none is visible; `igpt info` tells why", file=sys.stderr)
         return 2
     shipped: Mapping[str, Mapping[str, Mapping[str, tuning.Config]]] = tuning.table(tuning.table_for(torch.device("cuda", 0)))
-    kernels: dict[str, dict[str, dict[str, list[int]]]] = {}
+    kernels: dict[str, dict[str, dict[str, list[int | str]]]] = {}
     for kernel, by_bits in shipped.items():
         for bits, sizes in by_bits.items():
             for size, config in sizes.items():
                 other = tuning.nearest(shipped, partner(kernel), int(bits), int(size))
                 chosen = best(kernel, int(bits), int(size), config, other)
-                kernels.setdefault(kernel, {}).setdefault(bits, {})[size] = list(astuple(chosen))
+                kernels.setdefault(kernel, {}).setdefault(bits, {})[size] = chosen.entry
     path = tuning.FOLDER / f"{tuning.slug(torch.cuda.get_device_name())}.json"
     path.write_text(json.dumps({"kernels": kernels}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}; tools.audit and the tests read it from now on")

@@ -49,6 +49,17 @@ def test_entries_that_a_device_timed_are_entries() -> None:
     assert tuning.table("sm_90")["flash_forward"]["16"]["96"].options == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
 
+@pytest.mark.parametrize("entry", [[128, 64, 8, 3], [64, 64, 4, 3, "descriptors"], [16, 32, 4, 2, 96, "whole_head", "gluon"]])
+def test_an_entry_is_numbers_and_then_flags(entry: list[int | str]) -> None:
+    config = tuning.Config.read(entry)
+    assert config.entry == entry
+    assert str(config) == ",".join(map(str, entry)).replace(",", "x", 1)
+    assert [flag for flag in tuning.FLAGS if getattr(config, flag)] == [value for value in entry if isinstance(value, str)]
+    for wrong, error in (([64, 64, 4], TypeError), ([*entry, "fast"], ValueError), ([64, 64, 4, 1, 8, 9], TypeError)):
+        with pytest.raises(error, match=r"flags must be|four or five"):
+            tuning.Config.read(wrong)
+
+
 def test_bad_tables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     (tmp_path / "odd.json").write_text(json.dumps({"kernels": {"k": {"16": {"64": [48, 64, 4, 1]}}}}))
