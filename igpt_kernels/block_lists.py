@@ -52,13 +52,14 @@ class BlockLists:
         q_tile: rows, cols of a tile of queries.
         k_tile: rows, cols of a tile of keys.
         q_ptr: [query tiles + 1]; the keys of tile t are entries q_ptr[t] to q_ptr[t+1] of the next two.
-        q_keys: first tokens of key tiles, full ones first, then ascending.
+        q_keys: [entries, 2] row and column of the first token of each key tile; full tiles first, then ascending.
         q_masks: their mask numbers, or FULL.
         k_ptr: [key tiles + 1]; the transpose.
-        k_queries: first tokens of query tiles.
+        k_queries: [entries, 2] row and column of the first token of each query tile.
         k_masks: their mask numbers.
         masks: [masks, queries in a tile, words]; bit n % 32 of word n // 32 of row m: query m sees key n. Elements beyond
             the image see nothing and are not seen.
+        key_masks: [masks, keys in a tile, words]; the transpose: bit m % 32 of word m // 32 of row n.
         pairs: visible pairs.
         touched_pairs: pairs of tokens in touched tiles.
         longest: most tiles of keys of any tile of queries.
@@ -75,6 +76,7 @@ class BlockLists:
     k_queries: Tensor
     k_masks: Tensor
     masks: Tensor
+    key_masks: Tensor
     pairs: int
     touched_pairs: int
     longest: int
@@ -84,17 +86,33 @@ class BlockLists:
         """Touched pairs of tiles."""
         return len(self.q_keys)
 
+    @property
+    def first_tokens(self) -> np.ndarray:
+        """The first token of each entry of q_keys, int64."""
+        place = self.q_keys.numpy().astype(np.int64)
+        return place[:, 0] * self.pitch + place[:, 1]
+
     def to(self, device: torch.device) -> BlockLists:
         """The same lists on a device."""
-        names = ("q_ptr", "q_keys", "q_masks", "k_ptr", "k_queries", "k_masks", "masks")
+        names = ("q_ptr", "q_keys", "q_masks", "k_ptr", "k_queries", "k_masks", "masks", "key_masks")
         moved = {name: getattr(self, name).to(device) for name in names}
         return BlockLists(**{**vars(self), **moved})
 
     def bits(self) -> Tensor:
         """The masks as bool [masks, queries, keys]."""
-        keys = self.k_tile[0] * self.k_tile[1]
-        words = self.masks.numpy().view(np.uint8)
-        return torch.from_numpy(np.unpackbits(words, axis=-1, bitorder="little")[..., :keys].astype(bool))
+        return torch.from_numpy(_unpack(self.masks.numpy(), self.k_tile[0] * self.k_tile[1]))
+
+
+def _unpack(words: np.ndarray, length: int) -> np.ndarray:
+    """Bools [..., length] of int32 words [..., words]."""
+    return np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[..., :length].astype(bool)
+
+
+def _pack(bits: np.ndarray) -> np.ndarray:
+    """Int32 words of 32 bools along the last axis, the first bool in the lowest bit."""
+    if bits.shape[-1] < 32:
+        bits = np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, 32 - bits.shape[-1])])
+    return np.packbits(bits, axis=-1, bitorder="little").view(np.int32)
 
 
 def fit_tile(tile: tuple[int, int], elements: int, pitch: int, grid_rows: int) -> tuple[int, int]:
@@ -163,7 +181,7 @@ class _Tiles:
         return token, (x < self.pitch) & (token < self.tokens)
 
     def first(self, tiles: np.ndarray) -> np.ndarray:
-        return tiles // self.across * self.rows * self.pitch + tiles % self.across * self.cols
+        return np.stack([tiles // self.across * self.rows, tiles % self.across * self.cols], axis=-1)
 
     def whole(self, tiles: np.ndarray) -> np.ndarray:
         """Whether all elements of the tiles exist."""
@@ -278,9 +296,7 @@ def _build(layout: Layout, part: Part, block_m: int, block_n: int) -> BlockLists
         chosen = representative[start : start + step]
         bits = _evaluate(layout, part, queries, keys, q[chosen], k[chosen])
         count[start : start + step] = bits.sum((1, 2))
-        if block_n < 32:
-            bits = np.pad(bits, ((0, 0), (0, 0), (0, 32 - block_n)))
-        packed[start : start + step] = np.packbits(bits, axis=-1, bitorder="little").view(np.int32)
+        packed[start : start + step] = _pack(bits)
     full = count == block_m * block_n
     partial = (count > 0) & ~full
     rows = packed[partial].reshape(-1, block_m * words).view(np.dtype((np.void, block_m * words * 4))).reshape(-1)
@@ -311,6 +327,7 @@ def _build(layout: Layout, part: Part, block_m: int, block_n: int) -> BlockLists
         k_queries=tensor(queries.first(q[by_key])),
         k_masks=tensor(mask[by_key]),
         masks=tensor(masks),
+        key_masks=tensor(_pack(np.ascontiguousarray(_unpack(masks, block_n).swapaxes(1, 2)))),
         pairs=int(count[inverse].sum()),
         touched_pairs=int((q_sizes[q] * k_sizes[k]).sum()),
         longest=int(np.bincount(q, minlength=1).max()),
@@ -343,8 +360,7 @@ def keys_of(parts: tuple[BlockLists, ...], query: int) -> Tensor:
         words = lists.masks[:, element].numpy()[lists.q_masks[entries].numpy()] if len(lists.masks) else None
         visible = np.ones((entries.stop - entries.start, len(i)), dtype=bool)
         if words is not None:
-            bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")[:, : len(i)]
-            visible = bits.astype(bool) | (lists.q_masks[entries].numpy() == FULL)[:, None]
-        tokens = lists.q_keys[entries].numpy().astype(np.int64)[:, None] + inner
+            visible = _unpack(np.ascontiguousarray(words), len(i)) | (lists.q_masks[entries].numpy() == FULL)[:, None]
+        tokens = lists.first_tokens[entries][:, None] + inner
         found.append(tokens[visible])
     return torch.from_numpy(np.sort(np.concatenate(found)))

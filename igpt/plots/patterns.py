@@ -36,8 +36,8 @@ def block_view(lists: BlockLists) -> npt.NDArray[np.int64]:
     """The tiles of one part, [query tiles, key tiles]: 0 not touched, 1 touched with a mask, 2 full."""
     pointer = lists.q_ptr.numpy()
     rows, cols = lists.k_tile
-    first = lists.q_keys.numpy()
-    tiles = first // lists.pitch // rows * -(-lists.pitch // cols) + first % lists.pitch // cols
+    place = lists.q_keys.numpy()
+    tiles = place[:, 0] // rows * -(-lists.pitch // cols) + place[:, 1] // cols
     view = np.zeros((len(pointer) - 1, len(lists.k_ptr) - 1), dtype=np.int64)
     owner = np.repeat(np.arange(len(pointer) - 1), np.diff(pointer))
     view[owner, tiles] = np.where(lists.q_masks.numpy() == FULL, 2, 1)

@@ -97,10 +97,11 @@ def _groups(lists: BlockLists) -> Iterator[tuple[np.ndarray, int, bool]]:
 def plan(key: str, part: int) -> Plan:
     """The batches of one part of a registered layout."""
     lists = layouts.lists_of(key, BLOCK, BLOCK)[part]
-    pointer, firsts, masks = (x.numpy() for x in (lists.q_ptr, lists.q_keys, lists.q_masks))
+    pointer, places, masks = (x.numpy() for x in (lists.q_ptr, lists.q_keys, lists.q_masks))
+    firsts = lists.first_tokens
     hidden, full = len(lists.masks), len(lists.masks) + 1
     rows, cols = lists.k_tile
-    numbers = firsts // lists.pitch // rows * -(-lists.pitch // cols) + firsts % lists.pitch // cols
+    numbers = places[:, 0] // rows * -(-lists.pitch // cols) + places[:, 1] // cols
     batches = []
     order: list[int] = []
     for members, width, same in _groups(lists):

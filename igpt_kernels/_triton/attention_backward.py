@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpt_kernels import tuning
 from igpt_kernels._triton.common import (
@@ -22,7 +23,9 @@ from igpt_kernels._triton.common import (
     accumulate,
     dot_dtype,
     heads_in_l2,
+    load_box,
     load_part,
+    load_rows,
     load_tile,
     on_device,
     place_tile,
@@ -31,6 +34,7 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
+from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_row_boxes, use_descriptors
 from igpt_kernels.tensors import empty_heads
 
 
@@ -83,14 +87,15 @@ def key_step(
 
 @triton.jit(do_not_specialize=["heads", "H", "Tq", "Tk", "offset", "group"])
 def _flash_backward_keys_kernel(
-    Q, K, V, Grad, Lse, Delta, DK, DV,  # grad [B,H,Tq,D] of any strides; dk, dv in memory [B,Tk,H,D]
+    Q, K, V, Grad, Q1, K1, V1, Grad1, Lse, Delta,  # tensors of any strides, or descriptors; see `descriptors.read_by`
+    DK, DV,  # in memory [B,Tk,H,D]
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
     heads, H, Tq, Tk, offset, group, scale,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr, ROW_BOXES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head; the first keys, which most queries see, start first."""
     tile, head = place_tile(tl.program_id(0), tl.cdiv(Tk, BLOCK_N), heads, group, False)
@@ -103,28 +108,41 @@ def _flash_backward_keys_kernel(
     key_offset = cols.to(tl.int64)
     scale_log2 = scale * LOG2E
 
-    k0, k1 = load_tile(K + batch * stride_kb + h * stride_kh, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-    v0, v1 = load_tile(V + batch * stride_vb + h * stride_vh, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+    if BOXES:
+        k0, k1 = load_box(K, K1, batch, h, 0, first, BLOCK_N, DA, DB, DOT)
+        v0, v1 = load_box(V, V1, batch, h, 0, first, BLOCK_N, DA, DB, DOT)
+    else:
+        k_base = K + batch * stride_kb + h * stride_kh
+        v_base = V + batch * stride_vb + h * stride_vh
+        k0, k1 = load_tile(k_base, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+        v0, v1 = load_tile(v_base, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+        q_base = Q + batch * stride_qb + h * stride_qh
+        g_base = Grad + batch * stride_gb + h * stride_gh
+        q_offset = rows.to(tl.int64) * stride_qt
+        g_offset = rows.to(tl.int64) * stride_gt
     dk0, dk1 = zeros(BLOCK_N, DA, DB)
     dv0, dv1 = zeros(BLOCK_N, DA, DB)
-    q_base = Q + batch * stride_qb + h * stride_qh
-    g_base = Grad + batch * stride_gb + h * stride_gh
-    lse_base = Lse + head.to(tl.int64) * Tq
-    delta_base = Delta + head.to(tl.int64) * Tq
-    q_offset = rows.to(tl.int64) * stride_qt
-    g_offset = rows.to(tl.int64) * stride_gt
+    row_base = head.to(tl.int64) * Tq
 
     # From the first query that sees one of these keys. Rows beyond Tq load as zeros: their dO is 0, so they add nothing.
     for start in tl.range(tl.maximum(first - offset, 0) // BLOCK_M * BLOCK_M, Tq, BLOCK_M):
-        i = tl.cast(start, tl.int64)
         row_ok = start + rows < Tq
-        q0, q1 = load_tile(q_base + i * stride_qt, q_offset, row_ok, stride_qd, D, DA, DB, DOT, True)
-        g0, g1 = load_tile(g_base + i * stride_gt, g_offset, row_ok, stride_gd, D, DA, DB, DOT, True)
-        lse = tl.load(lse_base + start + rows, mask=row_ok, other=0.0) * LOG2E
-        delta = tl.load(delta_base + start + rows, mask=row_ok, other=0.0)
+        if BOXES:
+            q0, q1 = load_box(Q, Q1, batch, h, 0, start, BLOCK_M, DA, DB, DOT)
+            g0, g1 = load_box(Grad, Grad1, batch, h, 0, start, BLOCK_M, DA, DB, DOT)
+        else:
+            i = tl.cast(start, tl.int64)
+            q0, q1 = load_tile(q_base + i * stride_qt, q_offset, row_ok, stride_qd, D, DA, DB, DOT, True)
+            g0, g1 = load_tile(g_base + i * stride_gt, g_offset, row_ok, stride_gd, D, DA, DB, DOT, True)
+        if ROW_BOXES:
+            lse = load_rows(Lse, batch, h, 0, start, BLOCK_M)
+            delta = load_rows(Delta, batch, h, 0, start, BLOCK_M)
+        else:
+            lse = tl.load(Lse + row_base + start + rows, mask=row_ok, other=0.0)
+            delta = tl.load(Delta + row_base + start + rows, mask=row_ok, other=0.0)
         visible = cols[:, None] <= (start + rows + offset)[None, :]
         dk0, dk1, dv0, dv1 = key_step(
-            q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB, True
+            q0, q1, g0, g1, k0, k1, v0, v1, lse * LOG2E, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB, True
         )
 
     base = (batch * Tk * H + h) * D
@@ -147,14 +165,15 @@ def query_step(
 
 @triton.jit(do_not_specialize=["heads", "H", "Tq", "Tk", "offset", "group"])
 def _flash_backward_queries_kernel(
-    Q, K, V, Grad, Lse, Delta, DQ,  # dq in memory [B,Tq,H,D]
+    Q, K, V, Grad, Q1, K1, V1, Grad1, Lse, Delta,
+    DQ,  # in memory [B,Tq,H,D]
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
     heads, H, Tq, Tk, offset, group, scale,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head; loops and order as in the forward kernel."""
     tile, head = place_tile(tl.program_id(0), tl.cdiv(Tq, BLOCK_M), heads, group, True)
@@ -167,25 +186,33 @@ def _flash_backward_queries_kernel(
     row_offset = rows.to(tl.int64)
     scale_log2 = scale * LOG2E
 
-    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, row_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
-    g0, g1 = load_tile(
-        Grad + batch * stride_gb + h * stride_gh, row_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True
-    )
+    if BOXES:
+        q0, q1 = load_box(Q, Q1, batch, h, 0, first, BLOCK_M, DA, DB, DOT)
+        g0, g1 = load_box(Grad, Grad1, batch, h, 0, first, BLOCK_M, DA, DB, DOT)
+    else:
+        q_base = Q + batch * stride_qb + h * stride_qh
+        g_base = Grad + batch * stride_gb + h * stride_gh
+        q0, q1 = load_tile(q_base, row_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+        g0, g1 = load_tile(g_base, row_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+        k_base = K + batch * stride_kb + h * stride_kh
+        v_base = V + batch * stride_vb + h * stride_vh
+        k_offset = cols.to(tl.int64) * stride_kt
+        v_offset = cols.to(tl.int64) * stride_vt
     dq0, dq1 = zeros(BLOCK_M, DA, DB)
     lse = tl.load(Lse + head.to(tl.int64) * Tq + rows, mask=row_ok, other=0.0) * LOG2E
     delta = tl.load(Delta + head.to(tl.int64) * Tq + rows, mask=row_ok, other=0.0)
-    k_base = K + batch * stride_kb + h * stride_kh
-    v_base = V + batch * stride_vb + h * stride_vh
-    k_offset = cols.to(tl.int64) * stride_kt
-    v_offset = cols.to(tl.int64) * stride_vt
 
     end = tl.minimum(tl.maximum(tl.minimum(first + BLOCK_M, Tq) + offset, 0), Tk)
     for start in tl.range(0, end, BLOCK_N):
-        j = tl.cast(start, tl.int64)
         col_ok = start + cols < Tk
         visible = col_ok[None, :] & ((start + cols)[None, :] <= (rows + offset)[:, None])
-        k0, k1 = load_tile(k_base + j * stride_kt, k_offset, col_ok, stride_kd, D, DA, DB, DOT, True)
-        v0, v1 = load_tile(v_base + j * stride_vt, v_offset, col_ok, stride_vd, D, DA, DB, DOT, True)
+        if BOXES:
+            k0, k1 = load_box(K, K1, batch, h, 0, start, BLOCK_N, DA, DB, DOT)
+            v0, v1 = load_box(V, V1, batch, h, 0, start, BLOCK_N, DA, DB, DOT)
+        else:
+            i = tl.cast(start, tl.int64)
+            k0, k1 = load_tile(k_base + i * stride_kt, k_offset, col_ok, stride_kd, D, DA, DB, DOT, True)
+            v0, v1 = load_tile(v_base + i * stride_vt, v_offset, col_ok, stride_vd, D, DA, DB, DOT, True)
         dq0, dq1 = query_step(q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dq0, dq1, visible, scale_log2, DB)
 
     store_tile(DQ + (batch * Tq * H + h) * D, row_offset * H * D, row_ok, dq0 * scale, dq1 * scale, D, DA, DB)
@@ -251,17 +278,31 @@ def launch_flash_backward(
     offset = keys - queries if causal else keys
     head = {"D": head_dim, "DA": part_a, "DB": part_b, "DOT": dot_dtype(q.dtype)}
     itemsize = q.element_size()
+    tensors, split = (q, k, v, grad), (part_a, part_b)
+    pitches = (queries, keys, keys, queries)
+
+    def operands(config: tuning.Config) -> tuple[bool, list[Tensor | TensorDescriptor | None]]:
+        """Whether the kernel reads by descriptors, and what it reads by."""
+        boxed = use_descriptors(config, tensors, pitches)
+        blocks = (config.block_m, config.block_n, config.block_n, config.block_m)
+        return boxed, read_by(boxed, tensors, [(1, block) for block in blocks], pitches, split)
+
     with on_device(q):
+        boxed, read = operands(key_config)
+        row_tile = (1, key_config.block_m)
+        row_boxes = boxed and takes_row_boxes(row_tile, queries)
+        stats = [rows_as_boxes(x, row_tile, queries) if row_boxes else x for x in (lse, delta)]
         _flash_backward_keys_kernel[(triton.cdiv(keys, key_config.block_n) * batch * heads,)](
-            q, k, v, grad, lse, delta, dk, dv, *strides,
+            *read, *stats, dk, dv, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, queries, head_dim, itemsize), scale,
-            **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n,
+            **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
             **key_config.options,
         )  # fmt: skip
+        boxed, read = operands(query_config)
         _flash_backward_queries_kernel[(triton.cdiv(queries, query_config.block_m) * batch * heads,)](
-            q, k, v, grad, lse, delta, dq, *strides,
+            *read, lse, delta, dq, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, keys, head_dim, itemsize), scale,
-            **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n,
+            **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,
             **query_config.options,
         )  # fmt: skip
     return dq, dk, dv

@@ -69,6 +69,25 @@ def load_tile(
 
 
 @triton.jit
+def load_box(X0, X1, batch, h, y, x, ROWS: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, DOT: tl.constexpr):
+    """Both column parts of the tile whose first token is in row y, column x, by descriptors; see `descriptors.boxes`."""
+    b = batch.to(tl.int32)
+    head = h.to(tl.int32)
+    x0 = X0.load([b, head, y, x, 0]).reshape(ROWS, DA).to(DOT)
+    if DB > 0:
+        x1 = X1.load([b, head, y, x, DA]).reshape(ROWS, DB).to(DOT)
+    else:
+        x1 = x0
+    return x0, x1
+
+
+@triton.jit
+def load_rows(X, batch, h, y, x, ROWS: tl.constexpr):
+    """One number of each row of such a tile, float32, by a descriptor; see `descriptors.rows_as_boxes`."""
+    return X.load([batch.to(tl.int32), h.to(tl.int32), y, x]).reshape(ROWS)
+
+
+@triton.jit
 def zeros(rows: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr):
     """Accumulators of both column parts, float32."""
     x0 = tl.zeros([rows, DA], tl.float32)

@@ -19,18 +19,24 @@ from igpt_kernels._triton.common import (
     LOG2E,
     accumulate,
     heads_in_l2,
+    load_box,
+    load_rows,
     load_tile,
     on_device,
     place_tile,
     scores,
+    split_head_dim,
     store_tile,
     zeros,
 )
+from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_row_boxes, use_descriptors
 from igpt_kernels._triton.sparse_forward import (
     Group,
-    first_token,
+    first_place,
     has_parts,
     head_arguments,
+    load_entry,
+    load_words,
     parts_of,
     tile_tokens,
     visible_pairs,
@@ -49,7 +55,8 @@ def add_tile(x0, x1, base, row_offset, row_ok, D: tl.constexpr, DA: tl.constexpr
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "k_rows", "k_cols", "q_cols", "tiles", "group"])
 def _sparse_backward_keys_kernel(
-    Q, K, V, Grad, Lse, Delta, DK, DV, PartialDK, PartialDV,  # dk, dv and what was before in memory [B,T,H,D]
+    Q, K, V, Grad, Q1, K1, V1, Grad1, Lse, Delta,  # tensors of any strides, or descriptors; see `descriptors.read_by`
+    DK, DV, PartialDK, PartialDV,  # dk, dv and what was before in memory [B,T,H,D]
     Heads, Ptr, Queries, MaskIds, Masks,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -57,38 +64,62 @@ def _sparse_backward_keys_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd,
     heads, LAYOUT_HEADS, H, T, pitch, k_rows, k_cols, q_cols, tiles, group, scale, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr, ROW_BOXES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head; `factor` is the scale in the last part, 1 in those before."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, False)
     batch = (head // LAYOUT_HEADS).to(tl.int64)
     h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
-    cols, col_ok = tile_tokens(first_token(tile, k_rows, k_cols, pitch), tl.arange(0, BLOCK_N), k_cols, pitch, T)
-    slots = tl.arange(0, BLOCK_M)
+    y, x = first_place(tile, k_rows, k_cols, pitch)
+    cols, col_ok = tile_tokens(y, x, tl.arange(0, BLOCK_N), k_cols, pitch, T)
     key_offset = cols.to(tl.int64)
     scale_log2 = scale * LOG2E
+    slots = tl.arange(0, BLOCK_M)
+    inner_col = slots % q_cols
+    inner = slots // q_cols * pitch + inner_col
 
-    k0, k1 = load_tile(K + batch * stride_kb + h * stride_kh, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-    v0, v1 = load_tile(V + batch * stride_vb + h * stride_vh, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+    if BOXES:
+        k0, k1 = load_box(K, K1, batch, h, y, x, BLOCK_N, DA, DB, DOT)
+        v0, v1 = load_box(V, V1, batch, h, y, x, BLOCK_N, DA, DB, DOT)
+    else:
+        k_base = K + batch * stride_kb + h * stride_kh
+        v_base = V + batch * stride_vb + h * stride_vh
+        k0, k1 = load_tile(k_base, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
+        v0, v1 = load_tile(v_base, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+        q_base = Q + batch * stride_qb + h * stride_qh
+        g_base = Grad + batch * stride_gb + h * stride_gh
+        q_offset = inner.to(tl.int64) * stride_qt
+        g_offset = inner.to(tl.int64) * stride_gt
     base = (batch * T * H + h) * D
     dk0, dk1 = zeros(BLOCK_N, DA, DB)
     dv0, dv1 = zeros(BLOCK_N, DA, DB)
-    q_base = Q + batch * stride_qb + h * stride_qh
-    g_base = Grad + batch * stride_gb + h * stride_gh
     row_base = (batch * H + h) * T
 
-    for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
-        token, row_ok = tile_tokens(tl.load(Queries + j), slots, q_cols, pitch, T)
-        mask = tl.load(MaskIds + j)
-        query_offset = token.to(tl.int64)
-        q0, q1 = load_tile(q_base, query_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
-        g0, g1 = load_tile(g_base, query_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
-        lse = tl.load(Lse + row_base + token, mask=row_ok, other=0.0) * LOG2E
-        delta = tl.load(Delta + row_base + token, mask=row_ok, other=0.0)
-        visible = visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, True)
+    begin = tl.load(Ptr + tile)
+    end = tl.load(Ptr + tile + 1)
+    y, x, mask = load_entry(Queries, MaskIds, begin, end)
+    for j in tl.range(begin, end):
+        token = y * pitch + x
+        row_ok = (inner_col < pitch - x) & (inner < T - token)
+        if BOXES:
+            q0, q1 = load_box(Q, Q1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
+            g0, g1 = load_box(Grad, Grad1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
+        else:
+            i = tl.cast(token, tl.int64)
+            q0, q1 = load_tile(q_base + i * stride_qt, q_offset, row_ok, stride_qd, D, DA, DB, DOT, True)
+            g0, g1 = load_tile(g_base + i * stride_gt, g_offset, row_ok, stride_gd, D, DA, DB, DOT, True)
+        if ROW_BOXES:
+            lse = load_rows(Lse, batch, h, y, x, BLOCK_M)
+            delta = load_rows(Delta, batch, h, y, x, BLOCK_M)
+        else:
+            lse = tl.load(Lse + row_base + token + inner, mask=row_ok, other=0.0)
+            delta = tl.load(Delta + row_base + token + inner, mask=row_ok, other=0.0)
+        w0, w1, w2, w3 = load_words(Masks, mask, BLOCK_N, BLOCK_M)
+        visible = visible_pairs(w0, w1, w2, w3, BLOCK_N, BLOCK_M)
         dk0, dk1, dv0, dv1 = key_step(
-            q0, q1, g0, g1, k0, k1, v0, v1, lse, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB, False
+            q0, q1, g0, g1, k0, k1, v0, v1, lse * LOG2E, delta, dk0, dk1, dv0, dv1, visible, scale_log2, DB, False
         )
+        y, x, mask = load_entry(Queries, MaskIds, j + 1, end)
 
     if PartialDK is not None:
         dk0, dk1 = add_tile(dk0, dk1, PartialDK + base, key_offset * H * D, col_ok, D, DA, DB)
@@ -100,7 +131,8 @@ def _sparse_backward_keys_kernel(
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_backward_queries_kernel(
-    Q, K, V, Grad, Lse, Delta, DQ, PartialDQ,  # dq and what was before in memory [B,T,H,D]
+    Q, K, V, Grad, Q1, K1, V1, Grad1, Lse, Delta,
+    DQ, PartialDQ,  # dq and what was before in memory [B,T,H,D]
     Heads, Ptr, Keys, MaskIds, Masks,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -108,41 +140,59 @@ def _sparse_backward_queries_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd,
     heads, LAYOUT_HEADS, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head; `factor` is the scale in the last part, 1 in those before."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
     batch = (head // LAYOUT_HEADS).to(tl.int64)
     h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
-    rows, row_ok = tile_tokens(first_token(tile, q_rows, q_cols, pitch), tl.arange(0, BLOCK_M), q_cols, pitch, T)
-    slots = tl.arange(0, BLOCK_N)
+    y, x = first_place(tile, q_rows, q_cols, pitch)
+    rows, row_ok = tile_tokens(y, x, tl.arange(0, BLOCK_M), q_cols, pitch, T)
     query_offset = rows.to(tl.int64)
     scale_log2 = scale * LOG2E
+    slots = tl.arange(0, BLOCK_N)
+    inner_col = slots % k_cols
+    inner = slots // k_cols * pitch + inner_col
 
-    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, query_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
-    g0, g1 = load_tile(
-        Grad + batch * stride_gb + h * stride_gh, query_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True
-    )
+    if BOXES:
+        q0, q1 = load_box(Q, Q1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
+        g0, g1 = load_box(Grad, Grad1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
+    else:
+        q_base = Q + batch * stride_qb + h * stride_qh
+        g_base = Grad + batch * stride_gb + h * stride_gh
+        q0, q1 = load_tile(q_base, query_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+        g0, g1 = load_tile(g_base, query_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+        k_base = K + batch * stride_kb + h * stride_kh
+        v_base = V + batch * stride_vb + h * stride_vh
+        k_offset = inner.to(tl.int64) * stride_kt
+        v_offset = inner.to(tl.int64) * stride_vt
     base = (batch * T * H + h) * D
     dq0, dq1 = zeros(BLOCK_M, DA, DB)
     row_base = (batch * H + h) * T
     lse = tl.load(Lse + row_base + rows, mask=row_ok, other=0.0) * LOG2E
     delta = tl.load(Delta + row_base + rows, mask=row_ok, other=0.0)
-    k_base = K + batch * stride_kb + h * stride_kh
-    v_base = V + batch * stride_vb + h * stride_vh
 
-    for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
-        token, col_ok = tile_tokens(tl.load(Keys + j), slots, k_cols, pitch, T)
-        mask = tl.load(MaskIds + j)
-        key_offset = token.to(tl.int64)
-        k0, k1 = load_tile(k_base, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-        v0, v1 = load_tile(v_base, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+    begin = tl.load(Ptr + tile)
+    end = tl.load(Ptr + tile + 1)
+    y, x, mask = load_entry(Keys, MaskIds, begin, end)
+    for j in tl.range(begin, end):
+        if BOXES:
+            k0, k1 = load_box(K, K1, batch, h, y, x, BLOCK_N, DA, DB, DOT)
+            v0, v1 = load_box(V, V1, batch, h, y, x, BLOCK_N, DA, DB, DOT)
+        else:
+            token = y * pitch + x
+            col_ok = (inner_col < pitch - x) & (inner < T - token)
+            i = tl.cast(token, tl.int64)
+            k0, k1 = load_tile(k_base + i * stride_kt, k_offset, col_ok, stride_kd, D, DA, DB, DOT, True)
+            v0, v1 = load_tile(v_base + i * stride_vt, v_offset, col_ok, stride_vd, D, DA, DB, DOT, True)
+        w0, w1, w2, w3 = load_words(Masks, mask, BLOCK_M, BLOCK_N)
         p = tl.math.exp2(scores(q0, q1, k0, k1, DB) * scale_log2 - lse[:, None])
         if mask >= 0:
             # After the exponential, as in key_step.
-            p = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, False), p, 0.0)
+            p = tl.where(visible_pairs(w0, w1, w2, w3, BLOCK_M, BLOCK_N), p, 0.0)
         ds = p * (scores(g0, g1, v0, v1, DB) - delta[:, None])
         dq0, dq1 = accumulate(ds, k0, k1, dq0, dq1, DB)
+        y, x, mask = load_entry(Keys, MaskIds, j + 1, end)
 
     if PartialDQ is not None:
         dq0, dq1 = add_tile(dq0, dq1, PartialDQ + base, query_offset * H * D, row_ok, D, DA, DB)
@@ -192,7 +242,8 @@ def launch_sparse_backward(
     if q.dtype != torch.float32 and has_parts(groups, key_config):
         between = [empty_heads(q, tokens, torch.float32) for _ in between]
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-    head = head_arguments(q)
+    head, split = head_arguments(q), split_head_dim(head_dim)
+    tensors = (q, k, v, grad)
 
     def sizes(count: int, tiles: int) -> tuple[int, int]:
         return tiles, heads_in_l2(batch * count, tokens, head_dim, q.element_size())
@@ -200,22 +251,30 @@ def launch_sparse_backward(
     with on_device(q):
         for numbers, lists, first, last in parts_of(groups, key_config, q.device):
             tiles, group = sizes(len(numbers), len(lists.k_ptr) - 1)
+            boxed = use_descriptors(key_config, tensors, [lists.pitch] * 4)
+            shapes = (lists.q_tile, lists.k_tile, lists.k_tile, lists.q_tile)
+            operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, split)
+            row_boxes = boxed and takes_row_boxes(lists.q_tile, lists.pitch)
+            stats = [rows_as_boxes(x, lists.q_tile, lists.pitch) if row_boxes else x for x in (lse, delta)]
             _sparse_backward_keys_kernel[(tiles * batch * len(numbers),)](
-                q, k, v, grad, lse, delta, *((dk, dv) if last else between[1:]), *((None, None) if first else between[1:]),
-                numbers, lists.k_ptr, lists.k_queries, lists.k_masks, lists.masks, *strides,
+                *operands, *stats, *((dk, dv) if last else between[1:]), *((None, None) if first else between[1:]),
+                numbers, lists.k_ptr, lists.k_queries, lists.k_masks, lists.key_masks, *strides,
                 batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
                 tiles, group, scale, scale if last else 1.0,
-                **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n,
+                **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
                 **key_config.options,
             )  # fmt: skip
         for numbers, lists, first, last in parts_of(groups, query_config, q.device):
             tiles, group = sizes(len(numbers), len(lists.q_ptr) - 1)
+            boxed = use_descriptors(query_config, tensors, [lists.pitch] * 4)
+            shapes = (lists.q_tile, lists.k_tile, lists.k_tile, lists.q_tile)
+            operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, split)
             _sparse_backward_queries_kernel[(tiles * batch * len(numbers),)](
-                q, k, v, grad, lse, delta, dq if last else between[0], None if first else between[0],
+                *operands, lse, delta, dq if last else between[0], None if first else between[0],
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks, *strides,
                 batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, group, scale, scale if last else 1.0,
-                **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n,
+                **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,
                 **query_config.options,
             )  # fmt: skip
     return dq, dk, dv

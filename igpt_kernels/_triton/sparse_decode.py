@@ -81,7 +81,7 @@ def _sparse_decode_kernel(
     for j in tl.range(first, last):
         mask = tl.load(MaskIds + j)
         word = tl.load(Masks + (mask * block_m + element) * words + cols // 32, mask=(mask >= 0) & (cols >= 0), other=-1)
-        token, exists = tile_tokens(tl.load(Keys + j), cols, k_cols, pitch, T)
+        token, exists = tile_tokens(tl.load(Keys + 2 * j), tl.load(Keys + 2 * j + 1), cols, k_cols, pitch, T)
         seen = exists & (((word >> (cols % 32)) & 1) != 0) & (token < n)
         key_offset = token.to(tl.int64)
         k = load_part(k_base, key_offset * stride_kt, seen, stride_kd, D, 0, WIDTH, True).to(tl.float32)

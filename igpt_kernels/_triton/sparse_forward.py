@@ -21,6 +21,7 @@ from igpt_kernels._triton.common import (
     accumulate,
     dot_dtype,
     heads_in_l2,
+    load_box,
     load_tile,
     on_device,
     place_tile,
@@ -29,84 +30,126 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
+from igpt_kernels._triton.descriptors import read_by, use_descriptors
 from igpt_kernels.block_lists import BlockLists
 from igpt_kernels.tensors import empty_heads
 
 
 @triton.jit
-def tile_tokens(first, slots, cols, pitch, T):
-    """Tokens of the elements `slots` of a tile of `cols` columns, and which of them exist."""
+def tile_tokens(y, x, slots, cols, pitch, T):
+    """Tokens of the elements `slots` of a tile of `cols` columns whose first is in row y, column x; which of them exist."""
     col = slots % cols
-    token = first + slots // cols * pitch + col
-    return token, (first % pitch + col < pitch) & (token < T)
+    token = (y + slots // cols) * pitch + x + col
+    return token, (x + col < pitch) & (token < T)
 
 
 @triton.jit
-def first_token(tile, rows, cols, pitch):
-    """The first token of a tile, by its number."""
+def first_place(tile, rows, cols, pitch):
+    """Row and column of the first token of a tile, by its number."""
     across = tl.cdiv(pitch, cols)
-    return tile // across * rows * pitch + tile % across * cols
+    return tile // across * rows, tile % across * cols
 
 
 @triton.jit
-def visible_pairs(Masks, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Mask number `mask` as bools [BLOCK_M, BLOCK_N], or transposed; below 0, all True. A word of 32 keys a load and query."""
-    words: tl.constexpr = (BLOCK_N + 31) // 32
-    base = Masks + (mask * BLOCK_M + tl.arange(0, BLOCK_M)) * words
-    cols = tl.arange(0, BLOCK_N)
-    some = tl.full([BLOCK_M], mask, tl.int32) >= 0
-    if TRANSPOSED:
-        word = tl.broadcast_to(tl.load(base, mask=some, other=-1)[None, :], [BLOCK_N, BLOCK_M])
-        for i in tl.static_range(1, words):
-            word = tl.where((cols // 32 == i)[:, None], tl.load(base + i, mask=some, other=-1)[None, :], word)
-        visible = ((word >> (cols % 32)[:, None]) & 1) != 0
-    else:
-        word = tl.broadcast_to(tl.load(base, mask=some, other=-1)[:, None], [BLOCK_M, BLOCK_N])
-        for i in tl.static_range(1, words):
-            word = tl.where((cols // 32 == i)[None, :], tl.load(base + i, mask=some, other=-1)[:, None], word)
-        visible = ((word >> (cols % 32)[None, :]) & 1) != 0
-    return visible
+def load_entry(Places, MaskIds, j, end):
+    """Entry j of a list of tiles: row, column, mask; beyond `end` what nothing uses.
+
+    Read one tile ahead and carried through the loop: then no load of a tile waits for another load.
+    """
+    inside = j < end
+    y = tl.load(Places + 2 * j, mask=inside, other=0)
+    x = tl.load(Places + 2 * j + 1, mask=inside, other=0)
+    return y, x, tl.load(MaskIds + j, mask=inside, other=-1)
+
+
+@triton.jit
+def load_words(Masks, mask, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Words of mask number `mask`, 32 columns each: four tensors [ROWS], of which a narrow tile repeats the first.
+
+    Below 0 all ones. Loaded beside the tile, so that its scores need not wait for them.
+    """
+    base = Masks + (mask * ROWS + tl.arange(0, ROWS)) * ((COLS + 31) // 32)
+    some = tl.full([ROWS], mask, tl.int32) >= 0
+    w0 = tl.load(base, mask=some, other=-1)
+    w1, w2, w3 = w0, w0, w0
+    if COLS > 32:
+        w1 = tl.load(base + 1, mask=some, other=-1)
+    if COLS > 64:
+        w2 = tl.load(base + 2, mask=some, other=-1)
+        w3 = tl.load(base + 3, mask=some, other=-1)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def visible_pairs(w0, w1, w2, w3, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bits of the words as bools [ROWS, COLS]."""
+    col = tl.arange(0, COLS)
+    word = tl.broadcast_to(w0[:, None], [ROWS, COLS])
+    if COLS > 32:
+        word = tl.where((col // 32 == 1)[None, :], w1[:, None], word)
+    if COLS > 64:
+        word = tl.where((col // 32 == 2)[None, :], w2[:, None], word)
+        word = tl.where((col // 32 == 3)[None, :], w3[:, None], word)
+    return ((word >> (col % 32)[None, :]) & 1) != 0
 
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_forward_kernel(
-    Q, K, V, Out, Lse, PartialOut,  # q, k, v [B,H,T,D] of any strides; out, before in memory [B,T,H,D]; lse [B,H,T]
+    Q, K, V, Q1, K1, V1,  # q, k, v [B,H,T,D] of any strides; or descriptors of their first and second column parts
+    Out, Lse, PartialOut,  # out and what was before in memory [B,T,H,D]; lse [B,H,T]
     Heads, Ptr, Keys, MaskIds, Masks,  # heads [LAYOUT_HEADS]; lists of `BlockLists`
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     heads, LAYOUT_HEADS, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. `PartialOut` is the output of the parts before, `Lse` their lse, then that of all."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
     batch = (head // LAYOUT_HEADS).to(tl.int64)
     h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
-    slots = tl.arange(0, BLOCK_M)
-    rows, row_ok = tile_tokens(first_token(tile, q_rows, q_cols, pitch), slots, q_cols, pitch, T)
-    cols = tl.arange(0, BLOCK_N)
+    y, x = first_place(tile, q_rows, q_cols, pitch)
+    rows, row_ok = tile_tokens(y, x, tl.arange(0, BLOCK_M), q_cols, pitch, T)
     scale_log2 = scale * LOG2E
     row_offset = rows.to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    inner_col = cols % k_cols
+    inner = cols // k_cols * pitch + inner_col
 
-    q0, q1 = load_tile(Q + batch * stride_qb + h * stride_qh, row_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
-    k_base = K + batch * stride_kb + h * stride_kh
-    v_base = V + batch * stride_vb + h * stride_vh
+    if BOXES:
+        q0, q1 = load_box(Q, Q1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
+    else:
+        q_base = Q + batch * stride_qb + h * stride_qh
+        q0, q1 = load_tile(q_base, row_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+        k_base = K + batch * stride_kb + h * stride_kh
+        v_base = V + batch * stride_vb + h * stride_vh
+        k_offset = inner.to(tl.int64) * stride_kt
+        v_offset = inner.to(tl.int64) * stride_vt
     lse_ptrs = Lse + (batch * H + h) * T + rows
     out_offset = (batch * T * H + h) * D
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc0, acc1 = zeros(BLOCK_M, DA, DB)
 
-    for j in tl.range(tl.load(Ptr + tile), tl.load(Ptr + tile + 1)):
-        token, col_ok = tile_tokens(tl.load(Keys + j), cols, k_cols, pitch, T)
-        mask = tl.load(MaskIds + j)
-        key_offset = token.to(tl.int64)
-        k0, k1 = load_tile(k_base, key_offset * stride_kt, col_ok, stride_kd, D, DA, DB, DOT, True)
-        v0, v1 = load_tile(v_base, key_offset * stride_vt, col_ok, stride_vd, D, DA, DB, DOT, True)
+    begin = tl.load(Ptr + tile)
+    end = tl.load(Ptr + tile + 1)
+    y, x, mask = load_entry(Keys, MaskIds, begin, end)
+    for j in tl.range(begin, end):
+        if BOXES:
+            k0, k1 = load_box(K, K1, batch, h, y, x, BLOCK_N, DA, DB, DOT)
+            v0, v1 = load_box(V, V1, batch, h, y, x, BLOCK_N, DA, DB, DOT)
+        else:
+            token = y * pitch + x
+            col_ok = (inner_col < pitch - x) & (inner < T - token)
+            i = tl.cast(token, tl.int64)
+            k0, k1 = load_tile(k_base + i * stride_kt, k_offset, col_ok, stride_kd, D, DA, DB, DOT, True)
+            v0, v1 = load_tile(v_base + i * stride_vt, v_offset, col_ok, stride_vd, D, DA, DB, DOT, True)
+        w0, w1, w2, w3 = load_words(Masks, mask, BLOCK_M, BLOCK_N)
         s = scores(q0, q1, k0, k1, DB)
         if mask >= 0:
-            s = tl.where(visible_pairs(Masks, mask, BLOCK_M, BLOCK_N, False), s, float("-inf"))
+            s = tl.where(visible_pairs(w0, w1, w2, w3, BLOCK_M, BLOCK_N), s, float("-inf"))
+        y, x, mask = load_entry(Keys, MaskIds, j + 1, end)
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
         # A row that has seen nothing yet has the maximum -inf, and -inf - -inf is NaN.
         finite = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -196,18 +239,21 @@ def launch_sparse_forward(
         return out, lse
     if config is None:
         config = tuning.lookup("sparse_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
+    parts = split_head_dim(head_dim)
     partial_out = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
     for numbers, lists, first, last in parts_of(groups, config, q.device):
         rows = batch * len(numbers)
         tiles = len(lists.q_ptr) - 1
+        boxed = use_descriptors(config, (q, k, v), [lists.pitch] * 3)
+        operands = read_by(boxed, (q, k, v), (lists.q_tile, lists.k_tile, lists.k_tile), [lists.pitch] * 3, parts)
         with on_device(q):
             _sparse_forward_kernel[(tiles * rows,)](
-                q, k, v, out if last else partial_out, lse, None if first else partial_out,
+                *operands, out if last else partial_out, lse, None if first else partial_out,
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks,
                 *q.stride(), *k.stride(), *v.stride(),
                 rows, len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, heads_in_l2(rows, tokens, head_dim, q.element_size()), scale,
-                **head_arguments(q), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                **head_arguments(q), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOXES=boxed,
                 **config.options,
             )  # fmt: skip
     return out, lse

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def dense_counts(parts: tuple[BlockLists, ...], tokens: int) -> tuple[Tensor, Te
     by_query, by_key = (torch.zeros(tokens, tokens, dtype=torch.int32) for _ in range(2))
     for lists in parts:
         bits = lists.bits()
+        turned = replace(lists, masks=lists.key_masks, q_tile=lists.k_tile, k_tile=lists.q_tile).bits()
+        assert torch.equal(turned, bits.transpose(1, 2))
         for counts, pointer, others, masks, mine, theirs in (
             (by_query, lists.q_ptr, lists.q_keys, lists.q_masks, lists.q_tile, lists.k_tile),
             (by_key, lists.k_ptr, lists.k_queries, lists.k_masks, lists.k_tile, lists.q_tile),
@@ -88,16 +91,17 @@ def dense_counts(parts: tuple[BlockLists, ...], tokens: int) -> tuple[Tensor, Te
             for tile in range(len(pointer) - 1):
                 own = tokens_of(tile // across * mine[0] * lists.pitch + tile % across * mine[1], mine, lists)
                 for entry in range(int(pointer[tile]), int(pointer[tile + 1])):
-                    other = tokens_of(int(others[entry]), theirs, lists)
+                    row, col = others[entry].tolist()
+                    other = tokens_of(row * lists.pitch + col, theirs, lists)
                     number = int(masks[entry])
                     queries, keys = (own, other) if counts is by_query else (other, own)
                     seen = torch.ones(len(queries), len(keys), dtype=torch.bool) if number == FULL else bits[number]
                     assert seen.any(), "a listed pair of tiles has a visible pair"
                     assert number == FULL or not seen.all(), "a full pair of tiles needs no mask"
-                    row, col = seen.nonzero(as_tuple=True)
-                    assert (queries[row] >= 0).all()
-                    assert (keys[col] >= 0).all()
-                    counts.index_put_((queries[row], keys[col]), torch.ones(len(row), dtype=torch.int32), accumulate=True)
+                    q, k = seen.nonzero(as_tuple=True)
+                    assert (queries[q] >= 0).all()
+                    assert (keys[k] >= 0).all()
+                    counts.index_put_((queries[q], keys[k]), torch.ones(len(q), dtype=torch.int32), accumulate=True)
         assert len(torch.unique(lists.masks.flatten(1), dim=0)) == len(lists.masks), "equal masks are kept once"
     return by_query, by_key
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SPAN = 1 << 44
 """Bytes of addresses for each argument, which begins in the middle: no offset that a kernel computes leaves it unseen."""
@@ -101,7 +102,8 @@ class Launch:
 
     def __init__(self, named: dict[str, Any]) -> None:
         self.names: dict[int, str] = {}
-        for name, value in named.items():
+        for name, given in named.items():
+            value = given.base if isinstance(given, TensorDescriptor) else given
             if isinstance(value, Tensor):
                 others = self.names.get(value.data_ptr())
                 self.names[value.data_ptr()] = f"{others} or {name}" if others else name
@@ -175,9 +177,9 @@ def watched() -> Iterator[Counter[str]]:
             made.handle.data = np.array([launches[-1].base_of(value)], np.uint64)
         return made
 
-    def load_watched(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def load_watched(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         real = launches[-1].real(pointers, mask, store=False)
-        return load(self, interpreter.TensorHandle(real, pointers.dtype), mask, *rest)
+        return load(self, interpreter.TensorHandle(real, pointers.dtype), mask, *rest, **named)
 
     def store_watched(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         real = launches[-1].real(pointers, mask, store=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from igpt_kernels._triton.attention_backward import launch_flash_backward, launc
 from igpt_kernels._triton.attention_forward import launch_flash_forward
 from igpt_kernels._triton.common import place_tile, split_head_dim
 from igpt_kernels._triton.decode import launch_decode
+from igpt_kernels._triton.descriptors import use_descriptors
 from igpt_kernels.reference import attention_reference, decode_attention_reference
 from igpt_kernels.tuning import Config
 from tests import kit
@@ -42,7 +44,7 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         causal, scale, config = ctx.how
-        swapped = Config(config.block_n, config.block_m, 4, 1)
+        swapped = replace(config, block_m=config.block_n, block_n=config.block_m)
         grads = launch_flash_backward(
             grad, *ctx.saved_tensors, causal=causal, scale=scale, key_config=config, query_config=swapped
         )
@@ -124,6 +126,21 @@ def test_tiles(config: Config, tokens: int) -> None:
     q, k, v = (testing.make_input((1, 2, tokens, 16), dtype=torch.float32, seed=seed) for seed in range(3))
     compare(q, k, v, causal=True, config=config)
     compare(q, k[:, :, :-7], v[:, :, :-7], causal=True, config=config)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim", "dtype"),
+    [(40, 40, 64, torch.bfloat16), (37, 52, 96, torch.float16), (52, 17, 24, torch.float16), (1, 33, 128, torch.bfloat16)],
+    ids=str,
+)
+def test_descriptors(queries: int, keys: int, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
+    # Two heads side by side in memory: a box that reached beyond the last row would read the next head.
+    q = testing.make_input((2, 2, queries, head_dim), dtype=dtype, seed=1)
+    k, v = (testing.make_input((2, 2, keys, head_dim), dtype=dtype, seed=seed, memory="fused_qkv") for seed in (2, 3))
+    config = Config(32, 16, 4, 3, descriptors=True)
+    assert use_descriptors(config, (q, k, v), (queries, keys, keys))
+    compare(q, k, v, causal=causal, config=config)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0])

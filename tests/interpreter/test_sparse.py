@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from igpt_kernels import layouts, testing
 from igpt_kernels._triton.attention_forward import launch_flash_forward
+from igpt_kernels._triton.descriptors import use_descriptors
 from igpt_kernels._triton.sparse_backward import launch_sparse_backward
 from igpt_kernels._triton.sparse_decode import launch_sparse_decode
 from igpt_kernels._triton.sparse_forward import launch_sparse_forward
@@ -47,7 +49,7 @@ class Sparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         groups, scale, config = ctx.how
-        swapped = Config(config.block_n, config.block_m, 4, 1)
+        swapped = replace(config, block_m=config.block_n, block_n=config.block_m)
         grads = launch_sparse_backward(grad, *ctx.saved_tensors, groups, scale=scale, key_config=swapped, query_config=config)
         return *grads, None, None, None
 
@@ -94,6 +96,34 @@ def test_patterns(text: str, height: int, width: int, causal: bool, dtype: torch
 @pytest.mark.parametrize("text", ["local2d:2", "row_column", "fixed:6,2"])
 def test_blocks(text: str, config: Config) -> None:
     compare(*inputs(108, 16, torch.float32), layouts.parse(text, 9, 12), config=config)
+
+
+@pytest.mark.parametrize(
+    ("text", "head_dim", "dtype", "blocks"),
+    [
+        ("local2d:2", 64, torch.float16, (16, 16)),
+        ("local2d:3+column", 96, torch.bfloat16, (32, 16)),
+        ("row_column", 24, torch.float16, (16, 32)),
+        ("strided:6", 40, torch.bfloat16, (64, 64)),
+        ("fixed:4,2", 128, torch.float16, (32, 32)),
+    ],
+    ids=str,
+)
+def test_descriptors(text: str, head_dim: int, dtype: torch.dtype, blocks: tuple[int, int]) -> None:
+    # Images that tiles do not divide: boxes reach beyond the right edge and the last row, where they must read zeros.
+    for height, width in ((6, 12), (9, 8)):
+        q, k, v = inputs(height * width, head_dim, dtype, heads=2)
+        config = Config(*blocks, 4, 3, descriptors=True)
+        assert use_descriptors(config, (q, k, v), [width] * 3)
+        compare(q, k, v, layouts.parse(text, height, width), config=config)
+
+
+def test_descriptors_yield_to_pointers() -> None:
+    config = Config(16, 16, 4, 1, descriptors=True)
+    layout = layouts.local2d(5, 6, 2)
+    for kind in testing.MEMORY_FORMATS:
+        compare(*inputs(30, 24, torch.float16, layout=kind), layout, config=config)
+        compare(*inputs(29, 24, torch.float16, layout=kind), layout.prefix(29), config=config)  # the last row is cut
 
 
 @pytest.mark.parametrize("tile", [(4, 4), (2, 8), (1, 16), (16, 1), (8, 8), (4, 16), (1, 64), (64, 1), (8, 16)], ids=str)
