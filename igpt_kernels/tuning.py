@@ -44,6 +44,8 @@ class Config:
         descriptors: load tiles by the copy engine of compute capability 9.0 and later (TMA), where strides allow it.
         whole_head: a head in one part padded to a power of two (96 as 128, zeros beyond), not in two (64 and 32).
         gluon: the kernel written in Gluon, with a warp that copies and warpgroups that compute; compute capability 9.0.
+            Only `flash_forward` has one. Then block_m is 128 or 192: 64 rows for each warpgroup; block_n 64 or 128; num_warps
+            4, the warps of a warpgroup; num_stages the tiles of keys in shared memory, 2 or more.
     """
 
     block_m: int
@@ -57,11 +59,18 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "num_warps", "num_stages", "maxnreg"):
-            value, free = getattr(self, name), name in ("num_stages", "maxnreg")
+            value, free = getattr(self, name), name in ("num_stages", "maxnreg") or (self.gluon and name == "block_m")
             if not isinstance(value, int) or value < (name != "maxnreg") or (not free and value & (value - 1)):
                 raise ValueError(
                     f"{name} must be a power of two (num_stages: any positive number; maxnreg: 0 or more), got {value!r}"
                 )
+        if self.gluon and not (
+            self.block_m in (128, 192) and self.block_n in (64, 128) and self.num_warps == 4 and self.num_stages >= 2
+        ):
+            raise ValueError(
+                "with gluon block_m must be 128 or 192, block_n 64 or 128, num_warps 4 and num_stages 2 or more, "
+                f"got {self.block_m}, {self.block_n}, {self.num_warps}, {self.num_stages}"
+            )
 
     @classmethod
     def read(cls, values: Sequence[int | str]) -> Config:

@@ -104,6 +104,7 @@ class Kernel:
         prepare: makes a launch from inputs.
         candidates: configurations to try, for (bits, size).
         backward: whether its result is the gradients.
+        compiled_only: functions in Gluon, which Triton's interpreter does not run. A flag of a configuration chooses them.
     """
 
     operation: Operation
@@ -112,6 +113,7 @@ class Kernel:
     prepare: Callable[[Inputs], Call]
     candidates: Callable[[int, int], list[Config]]
     backward: bool = False
+    compiled_only: tuple[str, ...] = ()
 
     def truth(self, inputs: Inputs) -> list[Tensor]:
         """What the oracle gives for these inputs, at their dtype."""
@@ -453,7 +455,9 @@ OPERATIONS = {
 }
 
 KERNELS = {
-    "flash_forward": Kernel(ATTENTION, ("flash_forward",), "product", _flash_forward, _attention_candidates),
+    "flash_forward": Kernel(
+        ATTENTION, ("flash_forward",), "product", _flash_forward, _attention_candidates, compiled_only=("flash_forward_gluon",)
+    ),
     "flash_backward_keys": Kernel(
         ATTENTION, ("flash_backward_keys", "flash_delta"), "product", _flash_backward(True), _attention_candidates, True
     ),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from igpt_kernels import tuning
 from igpt_kernels._triton.common import (
@@ -107,6 +111,54 @@ def _flash_forward_kernel(
     store_tile(out_base, rows.to(tl.int64) * H * D, row_ok, acc0, acc1, D, DA, DB)
 
 
+@functools.cache
+def _gluon_launcher() -> Callable[..., None] | None:
+    """The launcher of the Gluon kernel; None where this Triton has no Gluon for Hopper."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return None
+    try:
+        from igpt_kernels._triton.attention_gluon import launch_flash_forward_gluon
+    except ImportError:
+        return None
+    return launch_flash_forward_gluon
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability kernels are compiled for; (0, 0) without a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    try:
+        arch = driver.active.get_current_target().arch
+    except RuntimeError:  # Triton's "0 active drivers"
+        return 0, 0
+    return divmod(arch, 10) if isinstance(arch, int) else (0, 0)
+
+
+def gluon_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the Gluon kernel runs on these tensors, here.
+
+    It takes 16-bit values, head dims up to 128 and at least one key. The copy engine (TMA) reads tensors whose last stride
+    is 1. Their other strides must be multiples of 16 bytes and not 0, and so must the address. Rows of the output follow the
+    same rule, so the head dim is a multiple of 8. It needs compute capability 9.0 and Triton 3.6 or later, and no interpreter.
+    """
+    if triton.knobs.runtime.interpret or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not q.dtype == k.dtype == v.dtype or q.shape[3] > 128 or q.shape[3] % 8 or not q.numel() or not k.numel():
+        return False
+    for x in (q, k, v):
+        if x.stride(3) != 1 or x.data_ptr() % 16 or any(stride <= 0 or stride % 8 for stride in x.stride()[:3]):
+            return False
+    return _capability(q.device) == (9, 0) and _gluon_launcher() is not None
+
+
+def without_gluon(head_dim: int) -> tuning.Config:
+    """What stands in for a configuration with ``gluon`` where the Gluon kernel cannot run, whatever its numbers.
+
+    128x64,8,3 up to a head dim of 64, 128x128,8,3 up to 128, and 128x64,8,2 above: what sm_90 ships for 64, 128 and 256.
+    """
+    return tuning.Config(128, 128 if 64 < head_dim <= 128 else 64, 8, 3 if head_dim <= 128 else 2)
+
+
 def launch_flash_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *, config: tuning.Config | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +170,8 @@ def launch_flash_forward(
         v: [B,H,Tk,D].
         causal: query i sees key j when ``j <= i + Tk - Tq``.
         scale: factor of the scores, not negative.
-        config: tile sizes and warps; the shipped ones for this device when None.
+        config: tile sizes and warps; the shipped ones for this device when None. With ``gluon`` the Gluon kernel runs where
+            `gluon_takes` the tensors, else this kernel as `without_gluon` says.
 
     Returns:
         out [B,H,Tq,D] in memory [B,Tq,H,D], dtype of q, and lse [B,H,Tq] float32, natural logarithm.
@@ -131,6 +184,13 @@ def launch_flash_forward(
         return out, lse
     if config is None:
         config = tuning.lookup("flash_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
+    if config.gluon:
+        launch = _gluon_launcher() if gluon_takes(q, k, v) else None
+        if launch is not None:
+            with on_device(q):
+                launch(q, k, v, out, lse, causal, scale, config)
+            return out, lse
+        config = without_gluon(head_dim)
     part_a, part_b = split_head_dim(head_dim)
     grid = (triton.cdiv(queries, config.block_m) * batch * heads,)
     with on_device(q):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from igpt_kernels import testing, tuning
 from igpt_kernels._ops import attention
+from igpt_kernels._triton import attention_forward
 from igpt_kernels.attention import decode_attention, flash_attention
+from igpt_kernels.reference import attention_reference
 from tests import kit, operators
 
 pytestmark = pytest.mark.gpu
@@ -118,6 +120,72 @@ def test_a_row_that_sees_nothing() -> None:
     out, lse = attention.flash_forward(q, k[:, :, :50], v[:, :, :50], True, 0.125, "triton")
     assert (out[:, :, :150] == 0).all()
     assert (lse[:, :, :150] == -math.inf).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90")
+@pytest.mark.parametrize("entry", [(128, 128, 4, 2), (128, 64, 4, 3), (192, 64, 4, 3)], ids=str)
+class TestGluon:
+    """The Gluon kernel, which no interpreter runs, against the oracle in float64."""
+
+    def compare(self, entry: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> None:
+        config, scale = tuning.Config(*entry, gluon=True), q.shape[3] ** -0.5
+        assert attention_forward.gluon_takes(q, k, v)
+        with testing.poisoned_memory():
+            out, lse = attention_forward.launch_flash_forward(q, k, v, causal, scale, config=config)
+        eager, _ = attention_reference(q, k, v, causal=causal, scale=scale)
+        exact, exact_lse = attention_reference(q.double(), k.double(), v.double(), causal=causal, scale=scale)
+        unseen = exact_lse == -math.inf
+        assert torch.equal(lse == -math.inf, unseen)
+        assert (out.masked_select(unseen[..., None]) == 0).all()
+        testing.error_ratio(out, exact, eager, factor=testing.OUTPUT_FACTOR)
+        torch.testing.assert_close(lse.masked_fill(unseen, 0).double(), exact_lse.masked_fill(unseen, 0), rtol=1e-5, atol=1e-4)
+        again, _ = attention_forward.launch_flash_forward(q, k, v, causal, scale, config=config)
+        assert torch.equal(out, again)
+
+    @pytest.mark.parametrize("dtype", kit.HALVES, ids=str)
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128, 129, 192, 333, 1024, 2305])
+    def test_lengths(self, entry: tuple[int, ...], tokens: int, causal: bool, dtype: torch.dtype) -> None:
+        for head_dim in (64, 128):
+            self.compare(entry, *inputs((2, 3, tokens, head_dim), dtype, "heads_last"), causal=causal)
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize(
+        ("queries", "keys"), [(1, 500), (100, 1000), (1000, 100), (129, 130), (130, 129), (385, 1), (64, 7), (1, 1025)]
+    )
+    def test_lengths_that_differ(self, entry: tuple[int, ...], queries: int, keys: int, causal: bool) -> None:
+        q, k, v = inputs((2, 3, max(queries, keys), 128), torch.bfloat16)
+        self.compare(entry, q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], causal=causal)
+
+    @pytest.mark.parametrize("head_dim", [8, 40, 80, 96])
+    @pytest.mark.parametrize("memory", ["contiguous", "heads_last", "fused_qkv"])
+    def test_padded_heads_and_strides(self, entry: tuple[int, ...], memory: str, head_dim: int) -> None:
+        self.compare(entry, *inputs((3, 2, 200, head_dim), torch.float16, memory), causal=True)
+
+    def test_nan_of_a_key_reaches_the_rows_that_see_it(self, entry: tuple[int, ...]) -> None:
+        q, k, v = (x.clone() for x in inputs((1, 2, 500, 128), torch.bfloat16))
+        k[:, :, 300] = math.nan
+        config = tuning.Config(*entry, gluon=True)
+        out, lse = attention_forward.launch_flash_forward(q, k, v, True, 0.1, config=config)
+        assert torch.equal(out.isnan().any(-1), torch.arange(500, device="cuda").expand(1, 2, 500) >= 300)
+        assert torch.equal(lse.isnan(), out.isnan().any(-1))
+
+    def test_the_same_bits_as_often_as_it_runs(self, entry: tuple[int, ...]) -> None:
+        q, k, v = inputs((4, 8, 1500, 128), torch.bfloat16)
+        config = tuning.Config(*entry, gluon=True)
+        first = attention_forward.launch_flash_forward(q, k, v, True, 0.1, config=config)
+        for _ in range(200):
+            again = attention_forward.launch_flash_forward(q, k, v, True, 0.1, config=config)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    def test_tensors_it_refuses_run_in_triton(self, entry: tuple[int, ...]) -> None:
+        q, k, v = inputs((2, 2, 200, 64), torch.bfloat16, "stepped")
+        assert not attention_forward.gluon_takes(q, k, v)
+        out, _ = attention_forward.launch_flash_forward(q, k, v, True, 0.125, config=tuning.Config(*entry, gluon=True))
+        exact, eager = (
+            attention_reference(*x, causal=True, scale=0.125)[0] for x in ([y.double() for y in (q, k, v)], (q, k, v))
+        )
+        testing.error_ratio(out, exact, eager, factor=testing.OUTPUT_FACTOR)
 
 
 def test_this_gpu_has_a_table() -> None:

@@ -49,7 +49,7 @@ def test_entries_that_a_device_timed_are_entries() -> None:
     assert tuning.table("sm_90")["flash_forward"]["16"]["96"].options == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
 
-@pytest.mark.parametrize("entry", [[128, 64, 8, 3], [64, 64, 4, 3, "descriptors"], [16, 32, 4, 2, 96, "whole_head", "gluon"]])
+@pytest.mark.parametrize("entry", [[128, 64, 8, 3], [64, 64, 4, 3, "descriptors"], [192, 64, 4, 2, 96, "whole_head", "gluon"]])
 def test_an_entry_is_numbers_and_then_flags(entry: list[int | str]) -> None:
     config = tuning.Config.read(entry)
     assert config.entry == entry
@@ -58,6 +58,16 @@ def test_an_entry_is_numbers_and_then_flags(entry: list[int | str]) -> None:
     for wrong, error in (([64, 64, 4], TypeError), ([*entry, "fast"], ValueError), ([64, 64, 4, 1, 8, 9], TypeError)):
         with pytest.raises(error, match=r"flags must be|four or five"):
             tuning.Config.read(wrong)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(64, 128, 4, 2), (256, 128, 4, 2), (160, 64, 4, 2), (128, 32, 4, 2), (128, 128, 8, 2), (128, 128, 4, 1)]
+)
+def test_gluon_takes_the_tiles_it_has(numbers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"with gluon block_m must be 128 or 192.*got " + ", ".join(map(str, numbers))):
+        tuning.Config(*numbers, gluon=True)
+    with pytest.raises(ValueError, match=r"block_m must be a power of two.*192"):
+        tuning.Config(192, 64, 4, 2)
 
 
 def test_bad_tables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,10 @@ def test_audit_finds_nothing(table: str, options: list[str]) -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, [row for row in rows if row["problems"]] or done.stderr[-3000:]
     assert len(rows) >= 40
-    assert {row["kernel"] for row in rows} == {function for kernel in KERNELS.values() for function in kernel.functions}
+    compiled_only = {function for kernel in KERNELS.values() for function in kernel.compiled_only}
+    assert {row["kernel"] for row in rows} - compiled_only == {
+        function for kernel in KERNELS.values() for function in kernel.functions
+    }
     if table == "sm_90":
         products = [
             row for row in rows if row["bits"] == 16 and KERNELS.get(row["kernel"], KERNELS["decode"]).kind == "product"

@@ -1,0 +1,124 @@
+"""The Gluon kernel without a GPU: what the compiler makes of it, and which arguments it takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from igpt_kernels import tuning
+from igpt_kernels._triton import attention_forward
+
+ROOT = Path(__file__).resolve().parents[3]
+HAS_GLUON = attention_forward._gluon_launcher() is not None
+
+
+def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[B,H,T,D] of a fused projection."""
+    batch, count, tokens, head_dim = shape
+    return torch.zeros(batch, tokens, 3, count, head_dim, dtype=dtype)[:, :, 1].transpose(1, 2)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_forward, "_capability", lambda device: (9, 0))
+
+
+@pytest.mark.skipif(not HAS_GLUON, reason="this Triton has no Gluon")
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensors_it_takes(head_dim: int, dtype: torch.dtype, hopper: None) -> None:
+    q, k, v = (heads(2, 3, 40, head_dim, dtype=dtype) for _ in range(3))
+    assert attention_forward.gluon_takes(q, k, v)
+    assert attention_forward.gluon_takes(q[:, :, :1], k[:, :1].contiguous(), v)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_tensors_it_refuses() -> None:
+    q = heads(2, 3, 40, 64)
+    refused = {
+        "float32": heads(2, 3, 40, 64, dtype=torch.float32),
+        "head dim above 128": heads(2, 3, 40, 192),
+        "head dim of 12": heads(2, 3, 40, 12),
+        "nothing": q[:, :, :0],
+        "last stride": torch.zeros(2, 3, 64, 40, dtype=torch.bfloat16).transpose(2, 3),
+        "address": torch.zeros(2 * 3 * 40 * 64 + 8, dtype=torch.bfloat16)[1:-7].view(2, 3, 40, 64),
+        "stride of 68": torch.zeros(2, 3, 40, 68, dtype=torch.bfloat16)[..., :64],
+        "expanded": q[:1].expand(2, 3, 40, 64),
+    }
+    for what, x in refused.items():
+        assert not attention_forward.gluon_takes(x, x, x), what
+    for place in range(3):
+        tensors = [q, q, q]
+        tensors[place] = q.to(torch.float16)
+        assert not attention_forward.gluon_takes(*tensors), "two dtypes"
+        tensors[place] = refused["expanded"]
+        assert not attention_forward.gluon_takes(*tensors), "each of the three is looked at"
+    assert not attention_forward.gluon_takes(q, q[:, :, :0], q[:, :, :0]), "no keys"
+
+
+def test_chips_and_versions_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = heads(2, 3, 40, 64)
+    for capability in ((0, 0), (8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(attention_forward, "_capability", lambda device, found=capability: found)
+        assert attention_forward.gluon_takes(q, q, q) == (capability == (9, 0) and HAS_GLUON)
+    monkeypatch.setattr(attention_forward, "_capability", lambda device: (9, 0))
+    for version in ("3.5.1", "2.9.0"):
+        attention_forward._gluon_launcher.cache_clear()
+        monkeypatch.setattr(attention_forward.triton, "__version__", version)
+        assert not attention_forward.gluon_takes(q, q, q)
+    monkeypatch.undo()
+    attention_forward._gluon_launcher.cache_clear()
+    assert (attention_forward._gluon_launcher() is not None) == HAS_GLUON
+
+
+def test_what_stands_in_is_what_sm_90_ships() -> None:
+    shipped = tuning.table("sm_90")["flash_forward"]["16"]
+    for head_dim in (64, 128, 256):
+        assert attention_forward.without_gluon(head_dim) == shipped[str(head_dim)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_GLUON, reason="this Triton has no Gluon")
+def test_it_compiles_without_spills_and_multiplies_while_it_exponentiates() -> None:
+    """In a process of its own: the audit puts a chip that is not here in place of Triton's driver."""
+    assert importlib.util.find_spec("triton.experimental.gluon") is not None
+    code = """
+        import re
+        from igpt_kernels.tuning import Config
+        from tools import audit
+        for size, config in ((128, Config(128, 128, 4, 2, gluon=True)), (64, Config(192, 64, 4, 3, gluon=True))):
+            groups = config.block_m // 64
+            (row,) = audit.audit("sm_90", "flash_forward", 16, size, config)
+            assert row.kernel == "flash_forward_gluon" and not row.problems, row
+            assert row.spills <= 4 * groups, row
+            assert row.waits == 6 * groups, row  # before the loops, two in each of two loops, after them
+            products = size // 16 + config.block_n // 16  # of a tile
+            assert row.wgmma == 3 * products * groups, row
+        with audit.compile_only(90) as compiled:
+            audit.launch("flash_forward", 128, audit.DTYPES[16], Config(128, 128, 4, 2, gluon=True), Config(64, 64, 4, 2))
+        text = audit.disassemble(compiled[-1][1].asm["cubin"])
+        # In a loop: a wait for all but one product, the exponentials of a tile, a wait for all products.
+        pieces = re.findall(r"WARPGROUP\\.DEPBAR\\.LE gsb0, (0x[01])|(MUFU\\.EX2)", text)
+        last, between = "", 0
+        for number, exponential in pieces:
+            between = between + 1 if exponential else between
+            if number == "0x0":
+                assert last != "0x1" or between >= 64, between
+            if number:
+                last, between = number, 0
+        gluon, other = Config(128, 64, 4, 2, gluon=True), Config(64, 64, 4, 2)
+        for chip, head_dim in ((90, 192), (80, 64)):  # no kernel for wide heads, and none for other chips
+            with audit.compile_only(chip) as compiled:
+                audit.launch("flash_forward", head_dim, audit.DTYPES[16], gluon, other)
+            assert [name for name, _ in compiled] == ["_flash_forward_kernel"], compiled
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
