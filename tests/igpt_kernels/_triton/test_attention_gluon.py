@@ -1,8 +1,9 @@
-"""The Gluon kernel without a GPU: what the compiler makes of it, and which arguments it takes."""
+"""The Gluon kernel without a GPU: its results on threads, what the compiler makes of it, and which arguments it takes."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from igpt_kernels import tuning
+from igpt_kernels import testing, tuning
 from igpt_kernels._triton import attention_forward
+from igpt_kernels.reference import attention_reference
+from igpt_kernels.tensors import empty_heads
+from tests import gluon
 
 ROOT = Path(__file__).resolve().parents[3]
 HAS_GLUON = attention_forward._gluon_launcher() is not None
@@ -24,6 +28,45 @@ def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """[B,H,T,D] of a fused projection."""
     batch, count, tokens, head_dim = shape
     return torch.zeros(batch, tokens, 3, count, head_dim, dtype=dtype)[:, :, 1].transpose(1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "ordered"),
+    [((128, 128, 4, 2), False), ((128, 64, 4, 3), True), ((192, 64, 4, 2), True), ((192, 64, 4, 3), False)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim", "causal"),
+    [
+        (256, 256, 128, True), (333, 333, 64, True), (200, 500, 96, False), (1, 1, 64, True), (300, 100, 64, True),
+        (130, 129, 64, True), (7, 700, 64, True), (400, 7, 64, False),
+    ],
+)  # fmt: skip
+def test_its_source_on_threads(
+    queries: int, keys: int, head_dim: int, causal: bool, entry: tuple[int, ...], ordered: bool
+) -> None:
+    """Tiles, masks, the ring and its barriers: against the oracle in float64. See `tests.gluon` for what this cannot show."""
+    kernel = gluon.load(ROOT / "igpt_kernels" / "_triton" / "attention_gluon.py")
+    dtype = torch.float16 if ordered else torch.bfloat16
+    q, k, v = (
+        testing.make_input((2, 2, tokens, head_dim), dtype=dtype, seed=seed, memory="fused_qkv")
+        for seed, tokens in enumerate((queries, keys, keys))
+    )
+    config, scale = tuning.Config(*entry, gluon=True), head_dim**-0.5
+    with testing.GuardBands() as guards:
+        out, lse = empty_heads(q, queries), torch.empty(2, 2, queries)
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        kernel.launch_flash_forward_gluon(q, k, v, out, lse, causal, scale, config, ordered=ordered)
+    assert guards.check() >= 2
+    eager, _ = attention_reference(q, k, v, causal=causal, scale=scale)
+    exact, exact_lse = attention_reference(q.double(), k.double(), v.double(), causal=causal, scale=scale)
+    unseen = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, unseen)
+    assert (out.masked_select(unseen[..., None]) == 0).all()
+    testing.error_ratio(out, exact, eager, factor=testing.OUTPUT_FACTOR)
+    torch.testing.assert_close(lse.masked_fill(unseen, 0).double(), exact_lse.masked_fill(unseen, 0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.fixture
@@ -105,6 +148,19 @@ def test_it_compiles_without_spills_and_multiplies_while_it_exponentiates() -> N
         with audit.compile_only(90) as compiled:
             audit.launch("flash_forward", 128, audit.DTYPES[16], Config(128, 128, 4, 2, gluon=True), Config(64, 64, 4, 2))
         text = audit.disassemble(compiled[-1][1].asm["cubin"])
+        # Products read their weights from registers until they are waited for. Nothing may write those before.
+        reading, writes = set(), 0
+        for line in re.findall(r"/\\*[0-9a-f]{4,5}\\*/\\s+(.*?);", text):
+            product = re.match(r"HGMMA\\S+ R\\d+, R(\\d+), ", line)
+            written = re.match(r"(?:@!?U?P\\d+ +)?(?:F|I|MUFU|MOV|SEL|SHFL|LD|LEA|LOP|PRMT)\\S* R(\\d+)", line)
+            if product:
+                reading |= set(range(int(product[1]), int(product[1]) + 4))
+            elif "DEPBAR.LE gsb0, 0x0" in line:
+                reading = set()
+            elif written and reading:
+                writes += 1
+                assert int(written[1]) not in reading, line
+        assert writes > 500, writes
         # In a loop: a wait for all but one product, the exponentials of a tile, a wait for all products.
         pieces = re.findall(r"WARPGROUP\\.DEPBAR\\.LE gsb0, (0x[01])|(MUFU\\.EX2)", text)
         last, between = "", 0
