@@ -34,48 +34,47 @@ Tiles = dict[int, str]
 
 ATTENTION: dict[str, Tiles] = {
     "flash_forward": {
-        64: "64x64,4,3 128x64,8,3,128",
-        96: "128x64,8,3 64x64,4,3",
-        128: "64x64,4,3",
+        64: "128x128,4,2,gluon 192x64,4,3,gluon",
+        96: "128x128,4,2,gluon 192x64,4,3,gluon 128x128,8,3,whole_head",
+        128: "128x128,4,2,gluon 128x128,4,3,gluon",
     },
     "flash_backward_keys": {
-        64: "64x64,4,3,descriptors 32x64,4,4,descriptors 64x64,4,2,descriptors 64x64,4,3,168,descriptors "
-        "64x128,8,3,descriptors 32x64,4,3,168,descriptors",
-        96: "64x64,4,2,descriptors 64x64,4,3,descriptors 64x128,8,3,descriptors 32x64,4,3,descriptors 32x64,4,4,descriptors",
-        128: "64x64,4,2,descriptors 64x128,8,3,descriptors 64x64,4,3,descriptors 32x64,4,3,descriptors",
-        192: "32x64,4,2,descriptors 32x128,8,2,descriptors 64x128,8,2,descriptors",
-        256: "64x64,8,2,descriptors 32x128,8,2,descriptors 32x64,4,2,descriptors",
+        64: "64x64,4,3,168,descriptors 64x64,4,3,descriptors 32x64,4,4,168,descriptors 64x64,4,4,168,descriptors",
+        96: "64x64,4,2,descriptors,whole_head 64x64,4,3,168 64x64,4,3,descriptors 64x128,8,3,descriptors,whole_head",
+        128: "64x64,4,2,descriptors 64x64,4,2,240,descriptors 64x128,8,3,descriptors",
+        256: "64x64,8,2,descriptors 32x64,8,3,descriptors",
     },
     "flash_backward_queries": {
-        64: "128x64,8,3,descriptors 64x64,4,3,descriptors 64x64,4,2,descriptors 128x64,8,4,descriptors 64x64,4,4,descriptors",
-        96: "64x64,4,3,descriptors 64x64,4,2,descriptors 128x64,8,3,descriptors 64x64,4,3,168,descriptors",
-        128: "128x64,8,3,descriptors 64x64,4,2,descriptors 64x64,4,3,descriptors 128x64,8,2,descriptors",
-        192: "128x64,8,2,descriptors 64x64,4,2,descriptors",
-        256: "128x32,8,3,descriptors 128x64,8,2,descriptors",
+        64: "64x64,4,2,descriptors 64x64,4,3,descriptors 64x64,4,2,128,descriptors",
+        96: "64x64,4,3,descriptors 64x64,4,2,descriptors,whole_head 128x64,8,3,descriptors,whole_head",
+        128: "128x64,8,3,descriptors",
+        256: "128x32,8,3,descriptors",
     },
     "sparse_forward": {
-        64: "64x64,4,3 64x64,4,4 64x64,4,3,128 64x32,4,4 64x64,4,2,descriptors 64x64,4,3,descriptors 64x64,4,4,descriptors "
-        "64x32,4,4,descriptors 128x64,8,3,descriptors 64x128,4,2,descriptors",
-        96: "64x64,4,3 64x32,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,4,descriptors 64x32,4,3,descriptors",
-        128: "64x64,4,3 64x64,4,2 64x32,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,4,descriptors "
-        "128x64,8,3,descriptors",
-        192: "64x32,4,3 64x32,4,3,descriptors 64x64,4,2,descriptors",
-        256: "64x32,4,3 64x32,4,3,descriptors 64x64,4,2,descriptors 128x64,8,2,descriptors",
+        64: "64x64,4,3 64x64,4,4 64x64,4,3,128 64x64,4,2,descriptors 64x64,4,3,descriptors 64x64,4,2,128,descriptors "
+        "64x32,4,3,descriptors 64x32,4,4,descriptors 64x128,4,2,descriptors 128x64,8,2,descriptors",
+        96: "64x64,4,2 64x64,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors 64x32,4,4,descriptors "
+        "64x64,4,2,descriptors,whole_head 64x32,4,4,descriptors,whole_head",
+        128: "64x64,4,2 64x64,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors 64x32,4,4,descriptors "
+        "64x32,4,3,128,descriptors",
+        192: "64x32,4,3 64x32,4,2,descriptors 64x32,4,3,descriptors 64x64,4,2,descriptors",
+        256: "64x32,4,3 64x32,4,2 64x32,4,2,descriptors 64x32,4,3,descriptors",
     },
     "sparse_backward_keys": {
-        64: "32x64,4,3 32x64,4,2,168 32x64,4,3,168 64x64,4,2 64x64,4,2,descriptors 64x64,4,3,descriptors "
-        "32x64,4,2,descriptors 32x64,4,3,descriptors 32x64,4,3,168,descriptors",
-        96: "32x64,4,2 32x64,4,3 32x64,4,2,descriptors 32x64,4,3,descriptors 64x64,4,2,descriptors",
-        128: "32x64,4,2 64x64,4,2 64x64,4,2,descriptors 32x64,4,3,descriptors 64x64,4,3,descriptors",
-        192: "32x64,4,2,descriptors 32x128,8,2,descriptors",
-        256: "32x64,8,2,descriptors 32x64,4,2,descriptors",
+        64: "32x64,4,2,168 32x64,4,3,168 64x64,4,2,descriptors 32x64,4,3,descriptors 32x64,4,4,descriptors "
+        "32x64,4,2,168,descriptors 32x64,4,3,168,descriptors 32x64,4,4,168,descriptors",
+        96: "32x64,4,2 32x64,4,3 64x64,4,2,descriptors 32x64,4,3,descriptors 32x64,4,4,descriptors "
+        "64x64,4,2,descriptors,whole_head 32x64,4,3,descriptors,whole_head",
+        128: "32x64,4,2 64x64,4,2,descriptors 32x64,4,2,descriptors 32x64,4,3,descriptors 32x64,4,4,descriptors",
+        192: "32x64,4,2 32x64,4,2,descriptors 32x64,4,3,descriptors",
+        256: "16x64,4,2 32x64,4,1 32x64,8,1 32x64,4,1,descriptors 16x64,4,2,descriptors 32x64,8,1,descriptors",
     },
     "sparse_backward_queries": {
-        64: "64x64,4,3 64x64,4,2 64x32,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x64,4,4,descriptors",
-        96: "64x64,4,2 64x64,4,3 64x32,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors",
-        128: "64x64,4,3 64x32,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors",
-        192: "64x32,4,3,descriptors 64x64,4,2,descriptors",
-        256: "64x32,4,3,descriptors 128x32,8,3,descriptors",
+        64: "64x64,4,3 64x64,4,2 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors",
+        96: "64x64,4,2 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors 64x64,4,2,descriptors,whole_head",
+        128: "64x64,4,3 64x32,4,3 64x64,4,2,descriptors 64x64,4,3,descriptors 64x32,4,3,descriptors 64x32,4,4,descriptors",
+        192: "64x32,4,2 64x32,4,2,descriptors 64x32,4,3,descriptors",
+        256: "64x32,4,2 64x32,4,2,descriptors 64x16,4,3,descriptors",
     },
 }
 PRODUCTS = {"forward": 4, "keys": 8, "queries": 6}
@@ -292,13 +291,14 @@ def time_variant(variant: Variant, repeats: int) -> Iterator[dict[str, object]]:
 def timed(
     variant: Variant, run: Callable[[], object], flops: float, repeats: int, tensors: Sequence[Tensor]
 ) -> dict[str, object]:
-    """Time of the variant's own kernel alone."""
+    """Time of the variant's own kernel alone; of sparse kernels inside a CUDA graph, as they are shorter than their launch."""
+    measured = partial(graph_times, calls=5) if variant.kernel.startswith("sparse") else partial(times, repeats=repeats)
     if variant.kernel.endswith("forward"):
-        return columns(times(run, repeats), flops)
+        return columns(measured(run), flops)
     from igpt_kernels._triton.attention_backward import launch_flash_delta
 
     with only(variant.kernel, launch_flash_delta(tensors[3], tensors[0])):  # of the size of delta; q stands for the output
-        return columns(times(run, repeats), flops)
+        return columns(measured(run), flops)
 
 
 def machine_row() -> dict[str, object]:

@@ -11,6 +11,9 @@ With P = exp(scale·q·kᵀ - lse), dP = dO·vᵀ and delta = rowsum(dO·O)::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +24,7 @@ from igpt_kernels import tuning
 from igpt_kernels._triton.common import (
     LOG2E,
     accumulate,
-    dot_dtype,
+    head_arguments,
     heads_in_l2,
     load_box,
     load_part,
@@ -30,7 +33,6 @@ from igpt_kernels._triton.common import (
     on_device,
     place_tile,
     scores,
-    split_head_dim,
     store_tile,
     zeros,
 )
@@ -273,36 +275,35 @@ def launch_flash_backward(
         key_config = tuning.lookup("flash_backward_keys", dtype=q.dtype, head_dim=head_dim, device=q.device)
     if query_config is None:
         query_config = tuning.lookup("flash_backward_queries", dtype=q.dtype, head_dim=head_dim, device=q.device)
-    part_a, part_b = split_head_dim(head_dim)
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     offset = keys - queries if causal else keys
-    head = {"D": head_dim, "DA": part_a, "DB": part_b, "DOT": dot_dtype(q.dtype)}
+    key_head, query_head = head_arguments(q, key_config), head_arguments(q, query_config)
     itemsize = q.element_size()
-    tensors, split = (q, k, v, grad), (part_a, part_b)
+    tensors = (q, k, v, grad)
     pitches = (queries, keys, keys, queries)
 
-    def operands(config: tuning.Config) -> tuple[bool, list[Tensor | TensorDescriptor | None]]:
+    def operands(config: tuning.Config, head: Mapping[str, Any]) -> tuple[bool, list[Tensor | TensorDescriptor | None]]:
         """Whether the kernel reads by descriptors, and what it reads by."""
         boxed = use_descriptors(config, tensors, pitches)
         blocks = (config.block_m, config.block_n, config.block_n, config.block_m)
-        return boxed, read_by(boxed, tensors, [(1, block) for block in blocks], pitches, split)
+        return boxed, read_by(boxed, tensors, [(1, block) for block in blocks], pitches, (head["DA"], head["DB"]))
 
     with on_device(q):
-        boxed, read = operands(key_config)
+        boxed, read = operands(key_config, key_head)
         row_tile = (1, key_config.block_m)
         row_boxes = boxed and takes_row_boxes(row_tile, queries)
         stats = [rows_as_boxes(x, row_tile, queries) if row_boxes else x for x in (lse, delta)]
         _flash_backward_keys_kernel[(triton.cdiv(keys, key_config.block_n) * batch * heads,)](
             *read, *stats, dk, dv, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, queries, head_dim, itemsize), scale,
-            **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
+            **key_head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
             **key_config.options,
         )  # fmt: skip
-        boxed, read = operands(query_config)
+        boxed, read = operands(query_config, query_head)
         _flash_backward_queries_kernel[(triton.cdiv(queries, query_config.block_m) * batch * heads,)](
             *read, lse, delta, dq, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, keys, head_dim, itemsize), scale,
-            **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,
+            **query_head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,
             **query_config.options,
         )  # fmt: skip
     return dq, dk, dv

@@ -16,13 +16,12 @@ from igpt_kernels._triton.common import (
     LN2,
     LOG2E,
     accumulate,
-    dot_dtype,
+    head_arguments,
     heads_in_l2,
     load_tile,
     on_device,
     place_tile,
     scores,
-    split_head_dim,
     store_tile,
     zeros,
 )
@@ -191,7 +190,6 @@ def launch_flash_forward(
                 launch(q, k, v, out, lse, causal, scale, config)
             return out, lse
         config = without_gluon(head_dim)
-    part_a, part_b = split_head_dim(head_dim)
     grid = (triton.cdiv(queries, config.block_m) * batch * heads,)
     with on_device(q):
         _flash_forward_kernel[grid](
@@ -199,7 +197,7 @@ def launch_flash_forward(
             *q.stride(), *k.stride(), *v.stride(),
             batch * heads, heads, queries, keys, keys - queries if causal else keys,
             heads_in_l2(batch * heads, keys, head_dim, q.element_size()), scale,
-            D=head_dim, DA=part_a, DB=part_b, BLOCK_M=config.block_m, BLOCK_N=config.block_n, DOT=dot_dtype(q.dtype),
+            **head_arguments(q, config), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             **config.options,
         )  # fmt: skip
     return out, lse

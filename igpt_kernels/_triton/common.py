@@ -7,12 +7,16 @@ part is enough; every ``if DB > 0`` is decided when the kernel is compiled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from igpt_kernels import tuning
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -136,15 +140,22 @@ def accumulate(p, x0, x1, acc0, acc1, DB: tl.constexpr):
     return acc0, acc1
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
+def split_head_dim(head_dim: int, *, whole: bool = False) -> tuple[int, int]:
     """The two column parts of a head: powers of two of at least 16 that cover it with the least padding.
 
     96 is (64, 32), 80 is (64, 16); 64 and 112 are one part, (64, 0) and (128, 0). tl.dot takes no less than 16.
+    With `whole` there is one part, padded: 96 is (128, 0).
     """
-    whole = max(16, triton.next_power_of_2(head_dim))
-    first = whole // 2
+    padded = max(16, triton.next_power_of_2(head_dim))
+    first = padded // 2
     rest = max(16, triton.next_power_of_2(max(head_dim - first, 1)))
-    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+    return (first, rest) if not whole and first >= 16 and first + rest < padded else (padded, 0)
+
+
+def head_arguments(q: Tensor, config: tuning.Config) -> Mapping[str, Any]:
+    """How the heads of q are cut, as a kernel with this configuration takes it."""
+    part_a, part_b = split_head_dim(q.shape[3], whole=config.whole_head)
+    return {"D": q.shape[3], "DA": part_a, "DB": part_b, "DOT": dot_dtype(q.dtype)}
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -92,6 +92,15 @@ def read_by(
     return [*(first for first, _ in made), *(second for _, second in made)]
 
 
+def takes_own_box(head_dim: int) -> bool:
+    """Whether sparse kernels read a program's own tile of queries by descriptors too.
+
+    Such a tile becomes an operand in registers. At head dim 64 ptxas 12.8 lets the loop overwrite those registers: wrong
+    results on an H100, at tiles of 64 keys. A tile read by pointers is an operand in shared memory.
+    """
+    return head_dim > 64
+
+
 def takes_row_boxes(tile: tuple[int, int], pitch: int) -> bool:
     """Whether one float32 of each token can be read by descriptors: rows of a box and of the grid are multiples of 16 bytes."""
     return tile[1] * 4 % ALIGNMENT == 0 and pitch * 4 % ALIGNMENT == 0

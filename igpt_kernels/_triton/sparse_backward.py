@@ -18,6 +18,7 @@ from igpt_kernels._triton.attention_backward import key_step, launch_flash_delta
 from igpt_kernels._triton.common import (
     LOG2E,
     accumulate,
+    head_arguments,
     heads_in_l2,
     load_box,
     load_rows,
@@ -25,16 +26,14 @@ from igpt_kernels._triton.common import (
     on_device,
     place_tile,
     scores,
-    split_head_dim,
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_row_boxes, use_descriptors
+from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_own_box, takes_row_boxes, use_descriptors
 from igpt_kernels._triton.sparse_forward import (
     Group,
     first_place,
     has_parts,
-    head_arguments,
     load_entry,
     load_words,
     parts_of,
@@ -131,7 +130,7 @@ def _sparse_backward_keys_kernel(
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_backward_queries_kernel(
-    Q, K, V, Grad, Q1, K1, V1, Grad1, Lse, Delta,
+    Q, Grad, Q1, Grad1, K, V, K1, V1, Lse, Delta,
     DQ, PartialDQ,  # dq and what was before in memory [B,T,H,D]
     Heads, Ptr, Keys, MaskIds, Masks,
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -140,7 +139,7 @@ def _sparse_backward_queries_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd,
     heads, LAYOUT_HEADS, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr, OWN_BOX: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head; `factor` is the scale in the last part, 1 in those before."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
@@ -154,7 +153,7 @@ def _sparse_backward_queries_kernel(
     inner_col = slots % k_cols
     inner = slots // k_cols * pitch + inner_col
 
-    if BOXES:
+    if OWN_BOX:
         q0, q1 = load_box(Q, Q1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
         g0, g1 = load_box(Grad, Grad1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
     else:
@@ -162,6 +161,7 @@ def _sparse_backward_queries_kernel(
         g_base = Grad + batch * stride_gb + h * stride_gh
         q0, q1 = load_tile(q_base, query_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
         g0, g1 = load_tile(g_base, query_offset * stride_gt, row_ok, stride_gd, D, DA, DB, DOT, True)
+    if not BOXES:
         k_base = K + batch * stride_kb + h * stride_kh
         v_base = V + batch * stride_vb + h * stride_vh
         k_offset = inner.to(tl.int64) * stride_kt
@@ -242,7 +242,7 @@ def launch_sparse_backward(
     if q.dtype != torch.float32 and has_parts(groups, key_config):
         between = [empty_heads(q, tokens, torch.float32) for _ in between]
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-    head, split = head_arguments(q), split_head_dim(head_dim)
+    key_head, query_head = head_arguments(q, key_config), head_arguments(q, query_config)
     tensors = (q, k, v, grad)
 
     def sizes(count: int, tiles: int) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def launch_sparse_backward(
             tiles, group = sizes(len(numbers), len(lists.k_ptr) - 1)
             boxed = use_descriptors(key_config, tensors, [lists.pitch] * 4)
             shapes = (lists.q_tile, lists.k_tile, lists.k_tile, lists.q_tile)
-            operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, split)
+            operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, (key_head["DA"], key_head["DB"]))
             row_boxes = boxed and takes_row_boxes(lists.q_tile, lists.pitch)
             stats = [rows_as_boxes(x, lists.q_tile, lists.pitch) if row_boxes else x for x in (lse, delta)]
             _sparse_backward_keys_kernel[(tiles * batch * len(numbers),)](
@@ -261,20 +261,22 @@ def launch_sparse_backward(
                 numbers, lists.k_ptr, lists.k_queries, lists.k_masks, lists.key_masks, *strides,
                 batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
                 tiles, group, scale, scale if last else 1.0,
-                **head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
+                **key_head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
                 **key_config.options,
             )  # fmt: skip
         for numbers, lists, first, last in parts_of(groups, query_config, q.device):
             tiles, group = sizes(len(numbers), len(lists.q_ptr) - 1)
             boxed = use_descriptors(query_config, tensors, [lists.pitch] * 4)
-            shapes = (lists.q_tile, lists.k_tile, lists.k_tile, lists.q_tile)
-            operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, split)
+            split = (query_head["DA"], query_head["DB"])
+            own_box = boxed and takes_own_box(head_dim)
+            operands = read_by(own_box, (q, grad), [lists.q_tile] * 2, [lists.pitch] * 2, split)
+            operands += read_by(boxed, (k, v), [lists.k_tile] * 2, [lists.pitch] * 2, split)
             _sparse_backward_queries_kernel[(tiles * batch * len(numbers),)](
                 *operands, lse, delta, dq if last else between[0], None if first else between[0],
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks, *strides,
                 batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, group, scale, scale if last else 1.0,
-                **head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,
+                **query_head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed, OWN_BOX=own_box,
                 **query_config.options,
             )  # fmt: skip
     return dq, dk, dv

@@ -7,7 +7,7 @@ before by its log-sum-exp. Shapes of tiles, sizes and lists are runtime values: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -19,18 +19,17 @@ from igpt_kernels._triton.common import (
     LN2,
     LOG2E,
     accumulate,
-    dot_dtype,
+    head_arguments,
     heads_in_l2,
     load_box,
     load_tile,
     on_device,
     place_tile,
     scores,
-    split_head_dim,
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.descriptors import read_by, use_descriptors
+from igpt_kernels._triton.descriptors import read_by, takes_own_box, use_descriptors
 from igpt_kernels.block_lists import BlockLists
 from igpt_kernels.tensors import empty_heads
 
@@ -95,7 +94,7 @@ def visible_pairs(w0, w1, w2, w3, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_forward_kernel(
-    Q, K, V, Q1, K1, V1,  # q, k, v [B,H,T,D] of any strides; or descriptors of their first and second column parts
+    Q, Q1, K, V, K1, V1,  # q, k, v [B,H,T,D] of any strides, or descriptors of their column parts; see `descriptors.read_by`
     Out, Lse, PartialOut,  # out and what was before in memory [B,T,H,D]; lse [B,H,T]
     Heads, Ptr, Keys, MaskIds, Masks,  # heads [LAYOUT_HEADS]; lists of `BlockLists`
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -103,7 +102,7 @@ def _sparse_forward_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd,
     heads, LAYOUT_HEADS, H, T, pitch, q_rows, q_cols, k_cols, tiles, group, scale,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr, OWN_BOX: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. `PartialOut` is the output of the parts before, `Lse` their lse, then that of all."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
@@ -117,11 +116,12 @@ def _sparse_forward_kernel(
     inner_col = cols % k_cols
     inner = cols // k_cols * pitch + inner_col
 
-    if BOXES:
+    if OWN_BOX:
         q0, q1 = load_box(Q, Q1, batch, h, y, x, BLOCK_M, DA, DB, DOT)
     else:
         q_base = Q + batch * stride_qb + h * stride_qh
         q0, q1 = load_tile(q_base, row_offset * stride_qt, row_ok, stride_qd, D, DA, DB, DOT, True)
+    if not BOXES:
         k_base = K + batch * stride_kb + h * stride_kh
         v_base = V + batch * stride_vb + h * stride_vh
         k_offset = inner.to(tl.int64) * stride_kt
@@ -210,12 +210,6 @@ def has_parts(groups: Sequence[Group], config: tuning.Config) -> bool:
     return any(len(layouts.lists_of(key, config.block_m, config.block_n)) > 1 for key, _ in groups)
 
 
-def head_arguments(q: Tensor) -> Mapping[str, object]:
-    """How a head is cut, as the kernels take it."""
-    part_a, part_b = split_head_dim(q.shape[3])
-    return {"D": q.shape[3], "DA": part_a, "DB": part_b, "DOT": dot_dtype(q.dtype)}
-
-
 def launch_sparse_forward(
     q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float, *, config: tuning.Config | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -239,13 +233,16 @@ def launch_sparse_forward(
         return out, lse
     if config is None:
         config = tuning.lookup("sparse_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
-    parts = split_head_dim(head_dim)
+    head = head_arguments(q, config)
+    parts = (head["DA"], head["DB"])
     partial_out = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
     for numbers, lists, first, last in parts_of(groups, config, q.device):
         rows = batch * len(numbers)
         tiles = len(lists.q_ptr) - 1
         boxed = use_descriptors(config, (q, k, v), [lists.pitch] * 3)
-        operands = read_by(boxed, (q, k, v), (lists.q_tile, lists.k_tile, lists.k_tile), [lists.pitch] * 3, parts)
+        own_box = boxed and takes_own_box(head_dim)
+        operands = read_by(own_box, (q,), (lists.q_tile,), (lists.pitch,), parts)
+        operands += read_by(boxed, (k, v), [lists.k_tile] * 2, [lists.pitch] * 2, parts)
         with on_device(q):
             _sparse_forward_kernel[(tiles * rows,)](
                 *operands, out if last else partial_out, lse, None if first else partial_out,
@@ -253,7 +250,7 @@ def launch_sparse_forward(
                 *q.stride(), *k.stride(), *v.stride(),
                 rows, len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, heads_in_l2(rows, tokens, head_dim, q.element_size()), scale,
-                **head_arguments(q), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOXES=boxed,
+                **head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOXES=boxed, OWN_BOX=own_box,
                 **config.options,
             )  # fmt: skip
     return out, lse
