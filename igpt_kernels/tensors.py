@@ -20,8 +20,9 @@ def empty_heads(like: Tensor, tokens: int | None = None, dtype: torch.dtype | No
         dtype: of the output.
     """
     batch, heads, own, head_dim = like.shape
-    size = (batch, own if tokens is None else tokens, heads, head_dim)
-    return torch.empty(*size, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
+    rows = own if tokens is None else tokens
+    size, stride = (batch, heads, rows, head_dim), (rows * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided(size, stride, dtype=dtype or like.dtype, device=like.device)
 
 
 def zero_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class GuardBands:
-    """While active, every CPU ``torch.empty`` lies between two bands that must not be written; `check` looks at them.
+    """While active, ``torch.empty`` and ``torch.empty_strided`` on the CPU lie between two bands; `check` looks at them.
 
     The Triton interpreter writes through raw pointers and beyond a tensor's end without a word. So tests allocate the outputs
     of kernels with guards.
@@ -192,7 +193,7 @@ class GuardBands:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._empty = torch.empty
+        self._empty, self._empty_strided = torch.empty, torch.empty_strided
 
     def __enter__(self) -> GuardBands:
         def empty(*size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -202,11 +203,16 @@ class GuardBands:
             inner = buffer[self.BAND : self.BAND + count]
             return inner.fill_(math.nan if inner.is_floating_point() else 0).view(size)
 
+        def empty_strided(size: tuple[int, ...], stride: tuple[int, ...], **options: Any) -> Tensor:
+            extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else 0
+            return empty(extent, **options).as_strided(size, stride)
+
         torch.empty = empty  # type: ignore[assignment]
+        torch.empty_strided = empty_strided  # type: ignore[assignment]
         return self
 
     def __exit__(self, *error: object) -> None:
-        torch.empty = self._empty
+        torch.empty, torch.empty_strided = self._empty, self._empty_strided
 
     def check(self) -> int:
         """The number of guarded tensors.

@@ -99,8 +99,8 @@ class Config:
         m, n, *rest = self.entry
         return ",".join(map(str, (f"{m}x{n}", *rest)))
 
-    @property
-    def options(self) -> dict[str, int]:
+    @functools.cached_property
+    def options(self) -> Mapping[str, int]:
         """What a launch hands to the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
@@ -161,7 +161,12 @@ def lookup(kernel: str, *, dtype: torch.dtype, head_dim: int, device: torch.devi
     Raises:
         ValueError: no such kernel, dtype or head dim in the table.
     """
-    return nearest(table(table_for(device)), kernel, dtype.itemsize * 8, head_dim)
+    return _entry(table_for(device), kernel, dtype.itemsize * 8, head_dim)
+
+
+@functools.cache
+def _entry(name: str, kernel: str, bits: int, head_dim: int) -> Config:
+    return nearest(table(name), kernel, bits, head_dim)
 
 
 def nearest(configs: Mapping[str, Mapping[str, Mapping[str, Config]]], kernel: str, bits: int, head_dim: int) -> Config:

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from igpt_kernels import tuning
-from igpt_kernels._triton.common import LOG2E, on_device
+from igpt_kernels._triton.common import LOG2E, ceil_div, on_device
+from igpt_kernels._triton.launch import launch
 from igpt_kernels._triton.rows import as_rows, launch_sum_partials, load_rows, programs, store_rows
 
 
@@ -112,13 +113,15 @@ def launch_quick_gelu_forward(x: Tensor, bias: Tensor | None, *, config: tuning.
     with on_device(x):
         if bias is None and x.is_contiguous():
             block = config.block_m * config.block_n
-            _quick_gelu_flat_kernel[(triton.cdiv(x.numel(), block),)](
-                x, None, out, x.numel(), BLOCK=block, num_warps=config.num_warps, num_stages=1
-            )
+            launch(
+                _quick_gelu_flat_kernel, (ceil_div(x.numel(), block),),
+                x, None, out, x.numel(), BLOCK=block, num_warps=config.num_warps, num_stages=1,
+            )  # fmt: skip
             return out
         rows = as_rows(x)
         count, width = rows.shape
-        _quick_gelu_forward_kernel[(triton.cdiv(count, config.block_m) * triton.cdiv(width, config.block_n),)](
+        launch(
+            _quick_gelu_forward_kernel, (ceil_div(count, config.block_m) * ceil_div(width, config.block_n),),
             rows, None if bias is None else bias.contiguous(), out, rows.stride(0), count, width,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
@@ -146,16 +149,18 @@ def launch_quick_gelu_backward(
     with on_device(x):
         if bias is None and x.is_contiguous() and grad.is_contiguous():
             block = config.block_m * config.block_n
-            _quick_gelu_flat_kernel[(triton.cdiv(x.numel(), block),)](
-                x, grad, dx, x.numel(), BLOCK=block, num_warps=config.num_warps, num_stages=1
-            )
+            launch(
+                _quick_gelu_flat_kernel, (ceil_div(x.numel(), block),),
+                x, grad, dx, x.numel(), BLOCK=block, num_warps=config.num_warps, num_stages=1,
+            )  # fmt: skip
             return dx, None
         x_rows, grad_rows = as_rows(x), as_rows(grad)
         rows, width = x_rows.shape
-        strips = triton.cdiv(width, config.block_n)
-        workers = min(max(1, programs(x.device, config.num_stages) // strips), triton.cdiv(rows, config.block_m))
+        strips = ceil_div(width, config.block_n)
+        workers = min(max(1, programs(x.device, config.num_stages) // strips), ceil_div(rows, config.block_m))
         partial = None if bias is None else torch.empty(workers, width, dtype=torch.float32, device=x.device)
-        _quick_gelu_backward_kernel[(strips * workers,)](
+        launch(
+            _quick_gelu_backward_kernel, (strips * workers,),
             grad_rows, x_rows, None if bias is None else bias.contiguous(), dx, partial,
             grad_rows.stride(0), x_rows.stride(0), rows, width, workers,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,

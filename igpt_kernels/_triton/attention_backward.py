@@ -24,6 +24,7 @@ from igpt_kernels import tuning
 from igpt_kernels._triton.common import (
     LOG2E,
     accumulate,
+    ceil_div,
     head_arguments,
     heads_in_l2,
     load_box,
@@ -32,11 +33,13 @@ from igpt_kernels._triton.common import (
     load_tile,
     on_device,
     place_tile,
+    power_of_2,
     scores,
     store_tile,
     zeros,
 )
 from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_row_boxes, use_descriptors
+from igpt_kernels._triton.launch import launch
 from igpt_kernels.tensors import empty_heads
 
 
@@ -226,12 +229,13 @@ def launch_flash_delta(grad: Tensor, out: Tensor) -> Tensor:
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
     if delta.numel() == 0 or head_dim == 0:
         return delta.zero_()
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_2(head_dim)
     block = max(1, 4096 // width)
     with on_device(out):
-        _flash_delta_kernel[(triton.cdiv(tokens, block) * batch * heads,)](
-            grad, out, delta, *grad.stride(), *out.stride(), heads, tokens, D=head_dim, WIDTH=width, BLOCK_M=block, num_warps=4
-        )
+        launch(
+            _flash_delta_kernel, (ceil_div(tokens, block) * batch * heads,),
+            grad, out, delta, *grad.stride(), *out.stride(), heads, tokens, D=head_dim, WIDTH=width, BLOCK_M=block, num_warps=4,
+        )  # fmt: skip
     return delta
 
 
@@ -293,14 +297,16 @@ def launch_flash_backward(
         row_tile = (1, key_config.block_m)
         row_boxes = boxed and takes_row_boxes(row_tile, queries)
         stats = [rows_as_boxes(x, row_tile, queries) if row_boxes else x for x in (lse, delta)]
-        _flash_backward_keys_kernel[(triton.cdiv(keys, key_config.block_n) * batch * heads,)](
+        launch(
+            _flash_backward_keys_kernel, (ceil_div(keys, key_config.block_n) * batch * heads,),
             *read, *stats, dk, dv, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, queries, head_dim, itemsize), scale,
             **key_head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
             **key_config.options,
         )  # fmt: skip
         boxed, read = operands(query_config, query_head)
-        _flash_backward_queries_kernel[(triton.cdiv(queries, query_config.block_m) * batch * heads,)](
+        launch(
+            _flash_backward_queries_kernel, (ceil_div(queries, query_config.block_m) * batch * heads,),
             *read, lse, delta, dq, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, keys, head_dim, itemsize), scale,
             **query_head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,

@@ -16,6 +16,7 @@ from igpt_kernels._triton.common import (
     LN2,
     LOG2E,
     accumulate,
+    ceil_div,
     head_arguments,
     heads_in_l2,
     load_tile,
@@ -25,6 +26,7 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
+from igpt_kernels._triton.launch import launch
 from igpt_kernels.tensors import empty_heads
 
 
@@ -184,15 +186,16 @@ def launch_flash_forward(
     if config is None:
         config = tuning.lookup("flash_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
     if config.gluon:
-        launch = _gluon_launcher() if gluon_takes(q, k, v) else None
-        if launch is not None:
+        run = _gluon_launcher() if gluon_takes(q, k, v) else None
+        if run is not None:
             with on_device(q):
-                launch(q, k, v, out, lse, causal, scale, config)
+                run(q, k, v, out, lse, causal, scale, config)
             return out, lse
         config = without_gluon(head_dim)
-    grid = (triton.cdiv(queries, config.block_m) * batch * heads,)
+    grid = (ceil_div(queries, config.block_m) * batch * heads,)
     with on_device(q):
-        _flash_forward_kernel[grid](
+        launch(
+            _flash_forward_kernel, grid,
             q, k, v, out, lse,
             *q.stride(), *k.stride(), *v.stride(),
             batch * heads, heads, queries, keys, keys - queries if causal else keys,

@@ -283,7 +283,8 @@ def launch_flash_forward_gluon(
     def tiles(x: Tensor, rows: int) -> TensorDescriptor:
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width], layout)
 
-    _flash_forward_gluon_kernel[(-(-queries // config.block_m) * batch * heads,)](
+    launch(
+        _flash_forward_gluon_kernel, (ceil_div(queries, config.block_m) * batch * heads,),
         tiles(q, 64), tiles(k, config.block_n), tiles(v, config.block_n), tiles(out, 64), lse,
         batch * heads, heads, queries, keys, keys - queries if causal else keys,
         heads_in_l2(batch * heads, keys, head_dim, q.element_size()), scale * LOG2E,

@@ -7,6 +7,7 @@ part is enough; every ``if DB > 0`` is decided when the kernel is compiled.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from igpt_kernels import tuning
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+_NOTHING = nullcontext()
 _DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -140,24 +142,41 @@ def accumulate(p, x0, x1, acc0, acc1, DB: tl.constexpr):
     return acc0, acc1
 
 
+def ceil_div(a: int, b: int) -> int:
+    """The quotient rounded up. Triton's own `cdiv` can be traced, which takes 20 times as long."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n, for n from 1 on."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def split_head_dim(head_dim: int, *, whole: bool = False) -> tuple[int, int]:
     """The two column parts of a head: powers of two of at least 16 that cover it with the least padding.
 
     96 is (64, 32), 80 is (64, 16); 64 and 112 are one part, (64, 0) and (128, 0). tl.dot takes no less than 16.
     With `whole` there is one part, padded: 96 is (128, 0).
     """
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, power_of_2(head_dim))
     first = padded // 2
-    rest = max(16, triton.next_power_of_2(max(head_dim - first, 1)))
+    rest = max(16, power_of_2(max(head_dim - first, 1)))
     return (first, rest) if not whole and first >= 16 and first + rest < padded else (padded, 0)
 
 
 def head_arguments(q: Tensor, config: tuning.Config) -> Mapping[str, Any]:
     """How the heads of q are cut, as a kernel with this configuration takes it."""
-    part_a, part_b = split_head_dim(q.shape[3], whole=config.whole_head)
-    return {"D": q.shape[3], "DA": part_a, "DB": part_b, "DOT": dot_dtype(q.dtype)}
+    return _head_arguments(q.shape[3], q.dtype, config.whole_head)
 
 
+@functools.cache
+def _head_arguments(head_dim: int, dtype: torch.dtype, whole: bool) -> Mapping[str, Any]:
+    part_a, part_b = split_head_dim(head_dim, whole=whole)
+    return {"D": head_dim, "DA": part_a, "DB": part_b, "DOT": dot_dtype(dtype)}
+
+
+@functools.cache
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype that operands of dots have: the tensor's own, but float32 for bfloat16 in Triton's interpreter.
 
@@ -168,6 +187,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return _DOT_DTYPES[dtype]
 
 
+@functools.lru_cache(maxsize=1024)
 def heads_in_l2(heads: int, tokens: int, head_dim: int, itemsize: int, cache_bytes: int = 32 << 20) -> int:
     """How many heads run side by side: as many as keep their keys and values in the L2 cache together.
 
@@ -177,5 +197,5 @@ def heads_in_l2(heads: int, tokens: int, head_dim: int, itemsize: int, cache_byt
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU current, because Triton launches on the current one; nothing for the interpreter's CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Makes the tensor's GPU current, because Triton launches on the current one; nothing where it is, nor for CPU tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _NOTHING

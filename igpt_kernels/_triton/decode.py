@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from igpt_kernels import tuning
-from igpt_kernels._triton.common import LN2, LOG2E, load_part, on_device
+from igpt_kernels._triton.common import LN2, LOG2E, ceil_div, load_part, on_device, power_of_2
+from igpt_kernels._triton.launch import launch
 from igpt_kernels.tensors import empty_heads
 
 MAX_SPLITS = 64
@@ -120,7 +121,7 @@ def count_splits(rows: int, keys: int, device: torch.device) -> int:
 
     An H100 reads 64 MiB of keys and values at 2.6 TB/s with four; at 2.3 TB/s with two (a copy moves 3.0 TB/s).
     """
-    return max(1, min(triton.cdiv(4 * processors(device), rows), triton.cdiv(keys, 128), MAX_SPLITS))
+    return max(1, min(ceil_div(4 * processors(device), rows), ceil_div(keys, 128), MAX_SPLITS))
 
 
 def launch_decode(
@@ -162,17 +163,19 @@ def launch_decode(
     # One split writes the result; several write float32 parts for the merge.
     parts = out if splits == 1 else torch.empty(rows, splits, head_dim, dtype=torch.float32, device=q.device)
     part_lse = lse if splits == 1 else torch.empty(rows, splits, dtype=torch.float32, device=q.device)
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_2(head_dim)
     with on_device(q):
-        _decode_kernel[(rows * splits,)](
+        launch(
+            _decode_kernel, (rows * splits,),
             q, k_cache, v_cache, None if isinstance(length, int) else length, parts, part_lse,
             q.stride(0), q.stride(1), q.stride(3), *k_cache.stride(), *v_cache.stride(),
             heads, longest, length if isinstance(length, int) else 0, splits, scale,
             D=head_dim, WIDTH=width, BLOCK_N=config.block_n, **config.options,
         )  # fmt: skip
         if splits > 1:
-            _decode_merge_kernel[(rows,)](
+            launch(
+                _decode_merge_kernel, (rows,),
                 parts, part_lse, out, lse, splits,
-                D=head_dim, WIDTH=width, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+                D=head_dim, WIDTH=width, SPLITS=power_of_2(splits), num_warps=4,
             )  # fmt: skip
     return out, lse

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from igpt_kernels import tuning
 from igpt_kernels._torch.loss import add_product, rows_at_once
-from igpt_kernels._triton.common import LOG2E, dot_dtype, on_device
+from igpt_kernels._triton.common import LOG2E, ceil_div, dot_dtype, on_device
+from igpt_kernels._triton.launch import launch
 
 _BYTES = 128
 """What of a row one step takes: a line of the cache, and the widest swizzle of shared memory."""
@@ -141,8 +142,9 @@ def _shipped(kernel: str, hidden: Tensor, weight: Tensor) -> tuning.Config:
 
     Then every value has an address of its own, for which the larger tiles have no registers: 128 x 256 spills 260 words.
     """
-    wide = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in (hidden, weight))
-    wide = wide and hidden.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    (hidden_row, hidden_step), (weight_row, weight_step) = hidden.stride(), weight.stride()
+    steps = hidden_row | weight_row | hidden.shape[1] | hidden.data_ptr() | weight.data_ptr()
+    wide = hidden_step == 1 and weight_step == 1 and steps & 15 == 0
     return tuning.lookup(kernel, dtype=hidden.dtype, head_dim=weight.shape[0] if wide else 1, device=hidden.device)
 
 
@@ -170,13 +172,15 @@ def launch_cross_entropy_forward(
         class NaN.
     """
     (rows, width), vocab = hidden.shape, weight.shape[0]
-    loss, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    loss = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    lse = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return loss, lse
     if config is None:
         config = _shipped("cross_entropy_forward", hidden, weight)
     with on_device(hidden):
-        _cross_entropy_forward_kernel[(triton.cdiv(rows, config.block_m),)](
+        launch(
+            _cross_entropy_forward_kernel, (ceil_div(rows, config.block_m),),
             hidden, weight, target, loss, lse, *hidden.stride(), *weight.stride(), target.stride(0),
             rows, vocab, width, ignore_index, z_loss, **_tile(config, hidden),
         )  # fmt: skip
@@ -218,15 +222,16 @@ def launch_cross_entropy_backward(
     chunk = rows_at_once(vocab, hidden.device) if chunk is None else chunk
     # Rows begin at multiples of 16 bytes, as the products want them. What fills a row up is 0: a product may read beyond its
     # last value and multiply by 0 (oneDNN with AMX tiles on bfloat16 does), and NaN times 0 is NaN.
-    padded = torch.empty(min(chunk, rows), triton.cdiv(vocab, 8) * 8, dtype=hidden.dtype, device=hidden.device)
+    padded = torch.empty(min(chunk, rows), ceil_div(vocab, 8) * 8, dtype=hidden.dtype, device=hidden.device)
     dlogits, _ = padded[:, :vocab], padded[:, vocab:].zero_()
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         size = part.stop - start
         some, out = hidden[part], dlogits[:size]
-        grid = (triton.cdiv(size, config.block_m) * triton.cdiv(vocab, config.block_n),)
+        grid = (ceil_div(size, config.block_m) * ceil_div(vocab, config.block_n),)
         with on_device(hidden):
-            _cross_entropy_backward_kernel[grid](
+            launch(
+                _cross_entropy_backward_kernel, grid,
                 grad[part], some, weight, target[part], lse[part], out,
                 grad.stride(0), *hidden.stride(), *weight.stride(), target.stride(0), out.stride(0),
                 size, vocab, width, ignore_index, z_loss, **_tile(config, hidden),

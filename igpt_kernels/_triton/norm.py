@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from igpt_kernels import tuning
-from igpt_kernels._triton.common import on_device
+from igpt_kernels._triton.common import ceil_div, on_device
+from igpt_kernels._triton.launch import launch
 from igpt_kernels._triton.rows import as_rows, launch_sum_partials, load_rows, programs, store_rows
 
 
@@ -115,12 +116,15 @@ def launch_rms_norm_forward(
     x_rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
     rows = x_rows.shape[0]
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device).view(x.shape[:-1])
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if x.dim() != 2:
+        rstd = rstd.view(x.shape[:-1])
     if rows == 0:
         return out, summed, rstd
     config = _config("rms_norm_forward", summed_dtype, x, config)
     with on_device(x):
-        _rms_norm_forward_kernel[(triton.cdiv(rows, config.block_m),)](
+        launch(
+            _rms_norm_forward_kernel, (ceil_div(rows, config.block_m),),
             x_rows, residual_rows, weight.contiguous(), out, summed, rstd,
             x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows, eps,
             C=width, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,
@@ -161,10 +165,11 @@ def launch_rms_norm_backward(
     if rows == 0:
         return ds, low, torch.zeros(width, dtype=weight.dtype, device=weight.device)
     config = _config("rms_norm_backward", s.dtype, s, config)
-    count = min(programs(s.device, config.num_stages), triton.cdiv(rows, config.block_m))
+    count = min(programs(s.device, config.num_stages), ceil_div(rows, config.block_m))
     partial = torch.empty(count, width, dtype=torch.float32, device=s.device)
     with on_device(s):
-        _rms_norm_backward_kernel[(count,)](
+        launch(
+            _rms_norm_backward_kernel, (count,),
             grad_rows, more_rows, s_rows, weight.contiguous(), rstd, ds, low, partial,
             grad_rows.stride(0), 0 if more_rows is None else more_rows.stride(0), s_rows.stride(0), rows,
             C=width, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=1,

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from igpt_kernels._triton.common import on_device
+from igpt_kernels._triton.common import ceil_div, on_device
+from igpt_kernels._triton.launch import launch
 
 _SUM_ROWS, _SUM_COLS = 128, 32
 
@@ -50,15 +51,16 @@ def launch_sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     parts, width = partial.shape
     out = torch.empty(width, dtype=dtype, device=partial.device)
     with on_device(partial):
-        _sum_partials_kernel[(triton.cdiv(width, _SUM_COLS),)](
-            partial, out, parts, width, ROWS=_SUM_ROWS, COLS=_SUM_COLS, num_warps=4
-        )
+        launch(
+            _sum_partials_kernel, (ceil_div(width, _SUM_COLS),),
+            partial, out, parts, width, ROWS=_SUM_ROWS, COLS=_SUM_COLS, num_warps=4,
+        )  # fmt: skip
     return out
 
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` [..., C] as [M, C] with adjacent values; copied where its rows do not lie at one distance from each other."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -30,6 +30,7 @@ from igpt_kernels._triton.common import (
     zeros,
 )
 from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_own_box, takes_row_boxes, use_descriptors
+from igpt_kernels._triton.launch import launch
 from igpt_kernels._triton.sparse_forward import (
     Group,
     first_place,
@@ -250,31 +251,35 @@ def launch_sparse_backward(
 
     with on_device(q):
         for numbers, lists, first, last in parts_of(groups, key_config, q.device):
-            tiles, group = sizes(len(numbers), len(lists.k_ptr) - 1)
+            count = numbers.shape[0]
+            tiles, group = sizes(count, lists.k_tiles)
             boxed = use_descriptors(key_config, tensors, [lists.pitch] * 4)
             shapes = (lists.q_tile, lists.k_tile, lists.k_tile, lists.q_tile)
             operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, (key_head["DA"], key_head["DB"]))
             row_boxes = boxed and takes_row_boxes(lists.q_tile, lists.pitch)
             stats = [rows_as_boxes(x, lists.q_tile, lists.pitch) if row_boxes else x for x in (lse, delta)]
-            _sparse_backward_keys_kernel[(tiles * batch * len(numbers),)](
+            launch(
+                _sparse_backward_keys_kernel, (tiles * batch * count,),
                 *operands, *stats, *((dk, dv) if last else between[1:]), *((None, None) if first else between[1:]),
                 numbers, lists.k_ptr, lists.k_queries, lists.k_masks, lists.key_masks, *strides,
-                batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
+                batch * count, count, heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
                 tiles, group, scale, scale if last else 1.0,
                 **key_head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
                 **key_config.options,
             )  # fmt: skip
         for numbers, lists, first, last in parts_of(groups, query_config, q.device):
-            tiles, group = sizes(len(numbers), len(lists.q_ptr) - 1)
+            count = numbers.shape[0]
+            tiles, group = sizes(count, lists.q_tiles)
             boxed = use_descriptors(query_config, tensors, [lists.pitch] * 4)
             split = (query_head["DA"], query_head["DB"])
             own_box = boxed and takes_own_box(head_dim)
             operands = read_by(own_box, (q, grad), [lists.q_tile] * 2, [lists.pitch] * 2, split)
             operands += read_by(boxed, (k, v), [lists.k_tile] * 2, [lists.pitch] * 2, split)
-            _sparse_backward_queries_kernel[(tiles * batch * len(numbers),)](
+            launch(
+                _sparse_backward_queries_kernel, (tiles * batch * count,),
                 *operands, lse, delta, dq if last else between[0], None if first else between[0],
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks, *strides,
-                batch * len(numbers), len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
+                batch * count, count, heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, group, scale, scale if last else 1.0,
                 **query_head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed, OWN_BOX=own_box,
                 **query_config.options,

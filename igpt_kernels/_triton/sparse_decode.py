@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from igpt_kernels import layouts, tuning
-from igpt_kernels._triton.common import LOG2E, load_part, on_device
+from igpt_kernels._triton.common import LOG2E, ceil_div, load_part, on_device, power_of_2
 from igpt_kernels._triton.decode import _decode_merge_kernel, decode_step, finish, processors
+from igpt_kernels._triton.launch import launch
 from igpt_kernels._triton.sparse_forward import Group, head_numbers, tile_tokens
 from igpt_kernels.tensors import empty_heads
 
@@ -126,9 +127,9 @@ def launch_sparse_decode(
         return out, lse
     if config is None:
         config = tuning.lookup("sparse_decode", dtype=q.dtype, head_dim=head_dim, device=q.device)
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_2(head_dim)
     # Two programs a processor, and at least two entries for each.
-    most = max(1, min(triton.cdiv(2 * processors(q.device), rows), MAX_SPLITS))
+    most = max(1, min(ceil_div(2 * processors(q.device), rows), MAX_SPLITS))
     plan = []
     for key, members in groups:
         slot = 0
@@ -142,16 +143,18 @@ def launch_sparse_decode(
     part_lse = torch.full((rows, slots), float("-inf"), dtype=torch.float32, device=q.device)
     with on_device(q):
         for numbers, lists, splits, slot in plan:
-            _sparse_decode_kernel[(batch * len(numbers) * splits,)](
+            launch(
+                _sparse_decode_kernel, (batch * numbers.shape[0] * splits,),
                 q, k_cache, v_cache, None if isinstance(length, int) else length, parts, part_lse,
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks,
                 q.stride(0), q.stride(1), q.stride(3), *k_cache.stride(), *v_cache.stride(),
-                len(numbers), heads, lists.tokens, length if isinstance(length, int) else 0,
+                numbers.shape[0], heads, lists.tokens, length if isinstance(length, int) else 0,
                 lists.pitch, *lists.q_tile, lists.k_tile[1], config.block_m, splits, slot, slots, scale,
                 D=head_dim, WIDTH=width, BLOCK_N=config.block_n, **config.options,
             )  # fmt: skip
-        _decode_merge_kernel[(rows,)](
+        launch(
+            _decode_merge_kernel, (rows,),
             parts, part_lse, out, lse, slots,
-            D=head_dim, WIDTH=width, SPLITS=triton.next_power_of_2(slots), num_warps=4,
+            D=head_dim, WIDTH=width, SPLITS=power_of_2(slots), num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -30,6 +30,7 @@ from igpt_kernels._triton.common import (
     zeros,
 )
 from igpt_kernels._triton.descriptors import read_by, takes_own_box, use_descriptors
+from igpt_kernels._triton.launch import launch
 from igpt_kernels.block_lists import BlockLists
 from igpt_kernels.tensors import empty_heads
 
@@ -201,8 +202,9 @@ def parts_of(
     for key, heads in groups:
         numbers = head_numbers(tuple(heads), device)
         lists = layouts.lists_on(key, config.block_m, config.block_n, device)
+        last = len(lists) - 1
         for i, part in enumerate(lists):
-            yield numbers, part, i == 0, i == len(lists) - 1
+            yield numbers, part, i == 0, i == last
 
 
 def has_parts(groups: Sequence[Group], config: tuning.Config) -> bool:
@@ -237,18 +239,20 @@ def launch_sparse_forward(
     parts = (head["DA"], head["DB"])
     partial_out = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
     for numbers, lists, first, last in parts_of(groups, config, q.device):
-        rows = batch * len(numbers)
-        tiles = len(lists.q_ptr) - 1
+        count = numbers.shape[0]
+        rows = batch * count
+        tiles = lists.q_tiles
         boxed = use_descriptors(config, (q, k, v), [lists.pitch] * 3)
         own_box = boxed and takes_own_box(head_dim)
         operands = read_by(own_box, (q,), (lists.q_tile,), (lists.pitch,), parts)
         operands += read_by(boxed, (k, v), [lists.k_tile] * 2, [lists.pitch] * 2, parts)
         with on_device(q):
-            _sparse_forward_kernel[(tiles * rows,)](
+            launch(
+                _sparse_forward_kernel, (tiles * rows,),
                 *operands, out if last else partial_out, lse, None if first else partial_out,
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks,
                 *q.stride(), *k.stride(), *v.stride(),
-                rows, len(numbers), heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
+                rows, count, heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, heads_in_l2(rows, tokens, head_dim, q.element_size()), scale,
                 **head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOXES=boxed, OWN_BOX=own_box,
                 **config.options,
