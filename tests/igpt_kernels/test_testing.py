@@ -84,6 +84,14 @@ def test_guards_notice_a_write_outside() -> None:
     with pytest.raises(AssertionError, match="2 values before"):
         guards.check()
     assert torch.empty(3).shape == (3,)
+    with testing.GuardBands() as guards:
+        heads = torch.empty_strided((2, 3, 4), (12, 1, 3), dtype=torch.float32)
+    assert (heads.shape, heads.stride(), guards.check()) == ((2, 3, 4), (12, 1, 3), 1)
+    assert heads.isnan().all()
+    heads.as_strided((1,), (1,), heads.storage_offset() + 24).fill_(0.0)
+    with pytest.raises(AssertionError, match="1 values behind"):
+        guards.check()
+    assert not torch.empty_strided((1,), (1,)).untyped_storage().nbytes() > 4
 
 
 @pytest.mark.parametrize("place", ["exact", "eager"])

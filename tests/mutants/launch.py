@@ -3,7 +3,7 @@
 from tests.mutants.mutant import Mutant
 
 TESTS = "tests/igpt_kernels/_triton/test_launch.py"
-_PROPERTY = "test_the_kernel_is_the_one_that_triton_would_launch"
+_PROPERTY = "test_the_kernel_is_the_one or test_every_value_of_one_argument"
 
 MUTANTS = (
     Mutant("key: without alignment", "launch.py", "x.data_ptr() & 15", "x.data_ptr() & 0", _PROPERTY),

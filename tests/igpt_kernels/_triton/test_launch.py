@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpt_kernels._triton import launch as module
+from igpt_kernels._triton.common import ceil_div, power_of_2
 from igpt_kernels._triton.launch import launch
 from tools.launch_overhead import StubDriver, stubbed
 
@@ -225,16 +226,28 @@ INTEGERS = [
 NUMBERS = [0.0, 1.0, 0.5, 1, 16, 3, True, None]
 
 
+POOLS = [POINTERS, POINTERS, INTEGERS, INTEGERS, INTEGERS, NUMBERS, NUMBERS]
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 5])
+def test_every_value_of_one_argument_in_turn(bench: Bench, place: int) -> None:
+    """All pairs of values: none may find the kernel of another, unless Triton gives both the same one."""
+    for value in [*POOLS[place], *reversed(POOLS[place])]:
+        args = [*usual()]
+        args[place] = value
+        for _ in range(2):
+            assert bench.launch(*args, SIZE=16)[4] == bench.triton(*args, SIZE=16), value
+
+
 def test_the_kernel_is_the_one_that_triton_would_launch(bench: Bench) -> None:
     """For random arguments, of which half have been seen before; equal keys with unequal kernels would fail here."""
     dice = random.Random(0)
-    pools = [POINTERS, POINTERS, INTEGERS, INTEGERS, INTEGERS, NUMBERS, NUMBERS]
-    base = [dice.choice(pool) for pool in pools]
+    base = [dice.choice(pool) for pool in POOLS]
     direct = 0
     for _ in range(1500):
         # One argument is changed: unequal kernels then differ in one thing, which the key must not leave out.
-        place = dice.randrange(len(pools))
-        base[place] = dice.choice(pools[place])
+        place = dice.randrange(len(POOLS))
+        base[place] = dice.choice(POOLS[place])
         constants = {"SIZE": dice.choice([16, 32]), "MODE": dice.choice([7, False, None])}
         args = tuple(base)
         for _ in range(2):
@@ -348,3 +361,9 @@ def test_ever_new_values_do_not_fill_the_memory(bench: Bench, monkeypatch: pytes
         assert bench.launch(*usual(stride=stride), SIZE=16)[4] == bench.triton(*usual(stride=stride), SIZE=16)
     (form,) = module._forms.values()
     assert len(form.compiled) <= 3
+
+
+def test_integer_arithmetic_is_that_of_triton() -> None:
+    for a in (0, 1, 15, 16, 17, 255, 256, 257):
+        assert [ceil_div(a, b) for b in (1, 16, 100)] == [triton.cdiv(a, b) for b in (1, 16, 100)]
+        assert power_of_2(a + 1) == triton.next_power_of_2(a + 1)
