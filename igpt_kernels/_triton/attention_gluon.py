@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from igpt_kernels import tuning
-from igpt_kernels._triton.common import heads_in_l2
+from igpt_kernels._triton.common import ceil_div, heads_in_l2
+from igpt_kernels._triton.launch import launch
 
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634

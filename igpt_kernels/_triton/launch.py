@@ -135,7 +135,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Raises:
         TypeError: an argument that is no compile-time argument was passed by name.
     """
-    if type(kernel).run is not _RUN or not KNOWN or kernel.pre_run_hooks or plain():
+    if getattr(type(kernel), "run", None) is not _RUN or not KNOWN or kernel.pre_run_hooks or plain():
         kernel[grid](*args, **constants)
         return
     active = driver.active

@@ -45,10 +45,11 @@ def test_the_same_bits_as_by_triton_on_two_alignments_in_turn(monkeypatch: pytes
 
 
 def test_later_calls_do_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module.clear()
     x = torch.randn(1000, 512, device="cuda")
     want = launch_quick_gelu_forward(x, None)
     monkeypatch.setattr(module.JITFunction, "__getitem__", None)
-    (form,) = (form for form in module._forms.values() if form.kernel.__name__ == "_quick_gelu_flat_kernel" and form.compiled)
+    (form,) = module._forms.values()
     monkeypatch.setattr(form, "keep", None)
     assert torch.equal(launch_quick_gelu_forward(x, None), want)
 
