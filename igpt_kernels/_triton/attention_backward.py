@@ -11,14 +11,10 @@ With P = exp(scale·q·kᵀ - lse), dP = dO·vᵀ and delta = rowsum(dO·O)::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igpt_kernels import tuning
 from igpt_kernels._triton.common import (
@@ -38,7 +34,7 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_row_boxes, use_descriptors
+from igpt_kernels._triton.descriptors import read_by, read_rows_by
 from igpt_kernels._triton.launch import launch
 from igpt_kernels.tensors import empty_heads
 
@@ -286,28 +282,24 @@ def launch_flash_backward(
     tensors = (q, k, v, grad)
     pitches = (queries, keys, keys, queries)
 
-    def operands(config: tuning.Config, head: Mapping[str, Any]) -> tuple[bool, list[Tensor | TensorDescriptor | None]]:
-        """Whether the kernel reads by descriptors, and what it reads by."""
-        boxed = use_descriptors(config, tensors, pitches)
-        blocks = (config.block_m, config.block_n, config.block_n, config.block_m)
-        return boxed, read_by(boxed, tensors, [(1, block) for block in blocks], pitches, (head["DA"], head["DB"]))
-
     with on_device(q):
-        boxed, read = operands(key_config, key_head)
-        row_tile = (1, key_config.block_m)
-        row_boxes = boxed and takes_row_boxes(row_tile, queries)
-        stats = [rows_as_boxes(x, row_tile, queries) if row_boxes else x for x in (lse, delta)]
+        q_tile, k_tile = (1, key_config.block_m), (1, key_config.block_n)
+        tiles = (q_tile, k_tile, k_tile, q_tile)
+        boxed, operands = read_by(key_config, tensors, tiles, pitches, (key_head["DA"], key_head["DB"]))
+        row_boxes, stats = read_rows_by(boxed, (lse, delta), q_tile, queries)
         launch(
             _flash_backward_keys_kernel, (ceil_div(keys, key_config.block_n) * batch * heads,),
-            *read, *stats, dk, dv, *strides,
+            *operands, *stats, dk, dv, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, queries, head_dim, itemsize), scale,
             **key_head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
             **key_config.options,
         )  # fmt: skip
-        boxed, read = operands(query_config, query_head)
+        q_tile, k_tile = (1, query_config.block_m), (1, query_config.block_n)
+        tiles = (q_tile, k_tile, k_tile, q_tile)
+        boxed, operands = read_by(query_config, tensors, tiles, pitches, (query_head["DA"], query_head["DB"]))
         launch(
             _flash_backward_queries_kernel, (ceil_div(queries, query_config.block_m) * batch * heads,),
-            *read, lse, delta, dq, *strides,
+            *operands, lse, delta, dq, *strides,
             batch * heads, heads, queries, keys, offset, heads_in_l2(batch * heads, keys, head_dim, itemsize), scale,
             **query_head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed,
             **query_config.options,

@@ -6,7 +6,9 @@ lies beyond an edge reads as zeros. One instruction of one thread replaces the a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,78 +20,123 @@ ALIGNMENT = 16
 """Bytes that base and strides must be multiples of (CUDA C++ programming guide, "tensor maps")."""
 LARGEST_STRIDE = 1 << 40
 """Bytes that a stride must stay below."""
-Boxes = tuple[TensorDescriptor, TensorDescriptor | None]
-"""Descriptors of both column parts of a head; None where one part is enough."""
+Operand: TypeAlias = Tensor | TensorDescriptor | None
 
 
-def takes_descriptors(x: Tensor, pitch: int) -> bool:
-    """Whether x [B,H,T,D] can be read by descriptors on a grid of rows of `pitch` tokens.
+class _Memory:
+    """What a descriptor asks of its tensor. It keeps no tensor alive, so descriptors can be kept."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address = address
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        """The address of the first element."""
+        return self.address
+
+
+@functools.lru_cache(maxsize=1 << 13)
+def _kept(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    return TensorDescriptor(_Memory(address, dtype), list(shape), list(strides), list(block))
+
+
+def describe(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+    """A descriptor of the memory of x, seen with `shape` and `strides`, for boxes `block`.
+
+    Those of a GPU are kept: making one takes 5 µs of Python, and training meets the same addresses again in every step. A CPU
+    tensor (interpreter, audit) is the base itself.
+    """
+    if x.is_cuda:
+        return _kept(x.data_ptr(), x.dtype, shape, strides, block)
+    return TensorDescriptor(x, list(shape), list(strides), list(block))
+
+
+@functools.cache
+def _has_engine(device: torch.device) -> bool:
+    """Whether a device copies boxes: compute capability 9.0 and later; and the CPU, where kernels are interpreted or compiled."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def grid_view(
+    shape: tuple[int, int, int, int], strides: tuple[int, int, int, int], size: int, pitch: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides of [B,H,T,D] as [B,H,Y,X,D] with rows of `pitch` tokens; None where descriptors cannot read it.
 
     The last stride must be 1. The others must be positive multiples of 16 bytes, and T a multiple of the pitch; a longer box
     would read what follows the tensor. float32 keeps to pointers: no product of tensor cores reads its tiles.
-    """
-    size = x.element_size()
-    strides = [stride * size for length, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if length > 1]
-    if size != 2 or x.stride(3) != 1 or x.shape[2] % pitch or x.data_ptr() % ALIGNMENT:
-        return False
-    return all(stride > 0 and stride % ALIGNMENT == 0 and stride * pitch < LARGEST_STRIDE for stride in strides)
-
-
-def use_descriptors(config: tuning.Config, tensors: Sequence[Tensor], pitches: Sequence[int]) -> bool:
-    """Whether a launch takes the descriptors that its configuration asks for: on compute capability 9.0 and later.
-
-    CPU tensors (interpreter, audit) take them too. Where strides do not allow it the kernel reads by pointers, with the same
-    configuration.
-    """
-    if not config.descriptors or not all(map(takes_descriptors, tensors, pitches)):
-        return False
-    x = tensors[0]
-    return not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9)
-
-
-def boxes(x: Tensor, tile: tuple[int, int], pitch: int, parts: tuple[int, int]) -> Boxes:
-    """Descriptors of x [B,H,T,D] for tiles of `tile` rows and columns on a grid of rows of `pitch` tokens.
 
     Args:
-        x: what `takes_descriptors` accepts.
-        tile: rows and columns of a tile.
+        shape: of the tensor.
+        strides: of the tensor, in values.
+        size: bytes of a value.
         pitch: tokens in a row of the grid.
-        parts: widths of the two column parts of a head, as `split_head_dim` gives them.
-
-    Returns:
-        a descriptor with boxes [1,1,rows,cols,width] for each part; columns beyond D read as zeros.
     """
-    batch, heads, tokens, head_dim = x.shape
-    along = x.stride(2) if tokens > 1 else head_dim + -head_dim % (ALIGNMENT // x.element_size())
+    batch, heads, tokens, head_dim = shape
     # The stride of a dimension of length 1 is any number in PyTorch; a descriptor wants a multiple of 16 bytes.
-    outer = [stride if length > 1 else along for length, stride in ((batch, x.stride(0)), (heads, x.stride(1)))]
-    shape = [batch, heads, tokens // pitch, pitch, head_dim]
-    strides = [*outer, along * pitch, along, 1]
-    first, second = (TensorDescriptor(x, shape, strides, [1, 1, *tile, width]) if width else None for width in parts)
-    assert first is not None
-    return first, second
+    along = strides[2] if tokens > 1 else head_dim + -head_dim % (ALIGNMENT // size)
+    outer = [stride if length > 1 else along for length, stride in ((batch, strides[0]), (heads, strides[1]))]
+    if size != 2 or strides[3] != 1 or tokens % pitch:
+        return None
+    if not all(s > 0 and s * size % ALIGNMENT == 0 and s * pitch * size < LARGEST_STRIDE for s in (*outer, along)):
+        return None
+    return (batch, heads, tokens // pitch, pitch, head_dim), (*outer, along * pitch, along, 1)
 
 
 def read_by(
-    boxed: bool,
+    config: tuning.Config,
     tensors: Sequence[Tensor],
-    tiles: Sequence[tuple[int, int]],
+    tiles: Sequence[tuple[int, int] | None],
     pitches: Sequence[int],
     parts: tuple[int, int],
-) -> list[Tensor | TensorDescriptor | None]:
-    """What a kernel reads its tensors by: first parts of all, then second parts; the tensors and None where not `boxed`.
+) -> tuple[bool, list[Operand]]:
+    """What a kernel reads its tensors by: descriptors, where its configuration asks for them and all tensors allow it.
 
     Args:
-        boxed: whether `use_descriptors` allows descriptors.
+        config: of the kernel.
         tensors: each [B,H,T,D].
-        tiles: rows and columns of a tile of each.
+        tiles: rows and columns of a tile of each; None for one that the kernel reads by pointers in any case.
         pitches: tokens in a row of the grid of each.
-        parts: widths of the two column parts of a head.
+        parts: widths of the two column parts of a head, as `split_head_dim` gives them.
+
+    Returns:
+        whether it reads by descriptors; then for every tensor a descriptor of boxes [1,1,rows,cols,width] of its first part,
+        or the tensor; then for every tensor the descriptor of its second part, or None.
     """
-    if not boxed:
-        return [*tensors, *(None for _ in tensors)]
-    made = [boxes(x, tile, pitch, parts) for x, tile, pitch in zip(tensors, tiles, pitches, strict=True)]
-    return [*(first for first, _ in made), *(second for _, second in made)]
+    if config.descriptors and _has_engine(tensors[0].device):
+        views = [
+            grid_view(tuple(x.shape), x.stride(), x.element_size(), pitch)  # type: ignore[arg-type]
+            for x, pitch in zip(tensors, pitches, strict=True)
+        ]
+        if all(views) and not any(x.data_ptr() % ALIGNMENT for x in tensors):
+            first: list[Operand] = []
+            second: list[Operand] = []
+            for x, tile, view in zip(tensors, tiles, views, strict=True):
+                assert view is not None
+                first.append(x if tile is None else describe(x, *view, (1, 1, *tile, parts[0])))
+                second.append(None if tile is None or not parts[1] else describe(x, *view, (1, 1, *tile, parts[1])))
+            return True, first + second
+    return False, [*tensors, *(None for _ in tensors)]
+
+
+def read_rows_by(boxed: bool, tensors: Sequence[Tensor], tile: tuple[int, int], pitch: int) -> tuple[bool, list[Operand]]:
+    """What a kernel reads one float32 of each token by: descriptors of boxes [1,1,rows,cols], or pointers.
+
+    Args:
+        boxed: whether it reads its tiles by descriptors.
+        tensors: each [B,H,T] float32, contiguous.
+        tile: rows and columns of a tile. Both rows of a box and of the grid must be multiples of 16 bytes.
+        pitch: tokens in a row of the grid.
+    """
+    if not boxed or tile[1] * 4 % ALIGNMENT or pitch * 4 % ALIGNMENT:
+        return False, list(tensors)
+    batch, heads, tokens = tensors[0].shape
+    shape, strides = (batch, heads, tokens // pitch, pitch), (heads * tokens, tokens, pitch, 1)
+    return True, [describe(x, shape, strides, (1, 1, *tile)) for x in tensors]
 
 
 def takes_own_box(head_dim: int) -> bool:
@@ -99,15 +146,3 @@ def takes_own_box(head_dim: int) -> bool:
     results on an H100, at tiles of 64 keys. A tile read by pointers is an operand in shared memory.
     """
     return head_dim > 64
-
-
-def takes_row_boxes(tile: tuple[int, int], pitch: int) -> bool:
-    """Whether one float32 of each token can be read by descriptors: rows of a box and of the grid are multiples of 16 bytes."""
-    return tile[1] * 4 % ALIGNMENT == 0 and pitch * 4 % ALIGNMENT == 0
-
-
-def rows_as_boxes(x: Tensor, tile: tuple[int, int], pitch: int) -> TensorDescriptor:
-    """A descriptor of x [B,H,T] float32, contiguous, with boxes [1,1,rows,cols]; see `boxes`."""
-    batch, heads, tokens = x.shape
-    shape = [batch, heads, tokens // pitch, pitch]
-    return TensorDescriptor(x, shape, [heads * tokens, tokens, pitch, 1], [1, 1, *tile])

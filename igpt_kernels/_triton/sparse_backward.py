@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,14 +28,15 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.descriptors import read_by, rows_as_boxes, takes_own_box, takes_row_boxes, use_descriptors
+from igpt_kernels._triton.descriptors import read_by, read_rows_by, takes_own_box
 from igpt_kernels._triton.launch import launch
 from igpt_kernels._triton.sparse_forward import (
     Group,
+    buffers,
     first_place,
-    has_parts,
     load_entry,
     load_words,
+    most_parts,
     parts_of,
     tile_tokens,
     visible_pairs,
@@ -131,7 +131,7 @@ def _sparse_backward_keys_kernel(
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_backward_queries_kernel(
-    Q, Grad, Q1, Grad1, K, V, K1, V1, Lse, Delta,
+    Q, K, V, Grad, Q1, K1, V1, Grad1, Lse, Delta,
     DQ, PartialDQ,  # dq and what was before in memory [B,T,H,D]
     Heads, Ptr, Keys, MaskIds, Masks,
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -239,9 +239,8 @@ def launch_sparse_backward(
         key_config = tuning.lookup("sparse_backward_keys", dtype=q.dtype, head_dim=head_dim, device=q.device)
     if query_config is None:
         query_config = tuning.lookup("sparse_backward_queries", dtype=q.dtype, head_dim=head_dim, device=q.device)
-    between = [dq, dk, dv]
-    if q.dtype != torch.float32 and has_parts(groups, key_config):
-        between = [empty_heads(q, tokens, torch.float32) for _ in between]
+    dks, dvs = (buffers(x, most_parts(groups, key_config)) for x in (dk, dv))
+    dqs = buffers(dq, most_parts(groups, query_config))
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     key_head, query_head = head_arguments(q, key_config), head_arguments(q, query_config)
     tensors = (q, k, v, grad)
@@ -250,37 +249,34 @@ def launch_sparse_backward(
         return tiles, heads_in_l2(batch * count, tokens, head_dim, q.element_size())
 
     with on_device(q):
-        for numbers, lists, first, last in parts_of(groups, key_config, q.device):
+        for numbers, lists, first, left in parts_of(groups, key_config, q.device):
             count = numbers.shape[0]
             tiles, group = sizes(count, lists.k_tiles)
-            boxed = use_descriptors(key_config, tensors, [lists.pitch] * 4)
             shapes = (lists.q_tile, lists.k_tile, lists.k_tile, lists.q_tile)
-            operands = read_by(boxed, tensors, shapes, [lists.pitch] * 4, (key_head["DA"], key_head["DB"]))
-            row_boxes = boxed and takes_row_boxes(lists.q_tile, lists.pitch)
-            stats = [rows_as_boxes(x, lists.q_tile, lists.pitch) if row_boxes else x for x in (lse, delta)]
+            boxed, operands = read_by(key_config, tensors, shapes, [lists.pitch] * 4, (key_head["DA"], key_head["DB"]))
+            row_boxes, stats = read_rows_by(boxed, (lse, delta), lists.q_tile, lists.pitch)
             launch(
                 _sparse_backward_keys_kernel, (tiles * batch * count,),
-                *operands, *stats, *((dk, dv) if last else between[1:]), *((None, None) if first else between[1:]),
+                *operands, *stats, dks[left], dvs[left], *((None, None) if first else (dks[left + 1], dvs[left + 1])),
                 numbers, lists.k_ptr, lists.k_queries, lists.k_masks, lists.key_masks, *strides,
                 batch * count, count, heads, tokens, lists.pitch, *lists.k_tile, lists.q_tile[1],
-                tiles, group, scale, scale if last else 1.0,
+                tiles, group, scale, 1.0 if left else scale,
                 **key_head, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n, BOXES=boxed, ROW_BOXES=row_boxes,
                 **key_config.options,
             )  # fmt: skip
-        for numbers, lists, first, last in parts_of(groups, query_config, q.device):
+        for numbers, lists, first, left in parts_of(groups, query_config, q.device):
             count = numbers.shape[0]
             tiles, group = sizes(count, lists.q_tiles)
-            boxed = use_descriptors(query_config, tensors, [lists.pitch] * 4)
-            split = (query_head["DA"], query_head["DB"])
-            own_box = boxed and takes_own_box(head_dim)
-            operands = read_by(own_box, (q, grad), [lists.q_tile] * 2, [lists.pitch] * 2, split)
-            operands += read_by(boxed, (k, v), [lists.k_tile] * 2, [lists.pitch] * 2, split)
+            q_tile = lists.q_tile if takes_own_box(head_dim) else None
+            own = (q_tile, lists.k_tile, lists.k_tile, q_tile)
+            boxed, operands = read_by(query_config, tensors, own, [lists.pitch] * 4, (query_head["DA"], query_head["DB"]))
+            own_box = boxed and q_tile is not None
             launch(
                 _sparse_backward_queries_kernel, (tiles * batch * count,),
-                *operands, lse, delta, dq if last else between[0], None if first else between[0],
+                *operands, lse, delta, dqs[left], None if first else dqs[left + 1],
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks, *strides,
                 batch * count, count, heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
-                tiles, group, scale, scale if last else 1.0,
+                tiles, group, scale, 1.0 if left else scale,
                 **query_head, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n, BOXES=boxed, OWN_BOX=own_box,
                 **query_config.options,
             )  # fmt: skip

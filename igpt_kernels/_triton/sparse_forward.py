@@ -29,7 +29,7 @@ from igpt_kernels._triton.common import (
     store_tile,
     zeros,
 )
-from igpt_kernels._triton.descriptors import read_by, takes_own_box, use_descriptors
+from igpt_kernels._triton.descriptors import read_by, takes_own_box
 from igpt_kernels._triton.launch import launch
 from igpt_kernels.block_lists import BlockLists
 from igpt_kernels.tensors import empty_heads
@@ -95,8 +95,8 @@ def visible_pairs(w0, w1, w2, w3, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "LAYOUT_HEADS", "H", "T", "pitch", "q_rows", "q_cols", "k_cols", "tiles", "group"])
 def _sparse_forward_kernel(
-    Q, Q1, K, V, K1, V1,  # q, k, v [B,H,T,D] of any strides, or descriptors of their column parts; see `descriptors.read_by`
-    Out, Lse, PartialOut,  # out and what was before in memory [B,T,H,D]; lse [B,H,T]
+    Q, K, V, Q1, K1, V1,  # q, k, v [B,H,T,D] of any strides, or descriptors of their column parts; see `descriptors.read_by`
+    Out, Lse, PartialOut, PartialLse,  # out and what was before in memory [B,T,H,D]; lse [B,H,T]
     Heads, Ptr, Keys, MaskIds, Masks,  # heads [LAYOUT_HEADS]; lists of `BlockLists`
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -105,7 +105,7 @@ def _sparse_forward_kernel(
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, BOXES: tl.constexpr, OWN_BOX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. `PartialOut` is the output of the parts before, `Lse` their lse, then that of all."""
+    """One tile of queries of one head. `PartialOut` and `PartialLse` are of the parts before, in memory of their own."""
     tile, head = place_tile(tl.program_id(0), tiles, heads, group, True)
     batch = (head // LAYOUT_HEADS).to(tl.int64)
     h = tl.load(Heads + head % LAYOUT_HEADS).to(tl.int64)
@@ -127,7 +127,7 @@ def _sparse_forward_kernel(
         v_base = V + batch * stride_vb + h * stride_vh
         k_offset = inner.to(tl.int64) * stride_kt
         v_offset = inner.to(tl.int64) * stride_vt
-    lse_ptrs = Lse + (batch * H + h) * T + rows
+    lse_offset = (batch * H + h) * T + rows
     out_offset = (batch * T * H + h) * D
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
@@ -166,7 +166,7 @@ def _sparse_forward_kernel(
     if PartialOut is not None:
         # Merge earlier parts: treat them as one softmax with max = lse and sum = 1. Here and not before the loop,
         # where their output would hold registers (D = 96 spilled).
-        partial_lse = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * LOG2E
+        partial_lse = tl.load(PartialLse + lse_offset, mask=row_ok, other=float("-inf")) * LOG2E
         top = tl.maximum(m, partial_lse)
         finite = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.math.exp2(m - finite)
@@ -181,7 +181,7 @@ def _sparse_forward_kernel(
     fully_masked = l == 0
     l = tl.where(fully_masked, 1.0, l)  # noqa: E741
     lse = tl.where(fully_masked, float("-inf"), (m + tl.math.log2(l)) * LN2)
-    tl.store(lse_ptrs, lse, mask=row_ok)
+    tl.store(Lse + lse_offset, lse, mask=row_ok)
     store_tile(Out + out_offset, row_offset * H * D, row_ok, acc0 / l[:, None], acc1 / l[:, None], D, DA, DB)
 
 
@@ -197,19 +197,40 @@ def head_numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
 
 def parts_of(
     groups: Sequence[Group], config: tuning.Config, device: torch.device
-) -> Iterator[tuple[Tensor, BlockLists, bool, bool]]:
-    """What is launched: heads, lists, and whether these are the first and the last of these heads."""
+) -> Iterator[tuple[Tensor, BlockLists, bool, int]]:
+    """What is launched: heads, lists, whether these are the first of these heads, and how many follow."""
     for key, heads in groups:
         numbers = head_numbers(tuple(heads), device)
         lists = layouts.lists_on(key, config.block_m, config.block_n, device)
         last = len(lists) - 1
         for i, part in enumerate(lists):
-            yield numbers, part, i == 0, i == last
+            yield numbers, part, i == 0, last - i
 
 
-def has_parts(groups: Sequence[Group], config: tuning.Config) -> bool:
-    """Whether some layout has several parts, whose sums are kept in float32 in partial_out."""
-    return any(len(layouts.lists_of(key, config.block_m, config.block_n)) > 1 for key, _ in groups)
+def most_parts(groups: Sequence[Group], config: tuning.Config) -> int:
+    """Parts of the layout that has most of them."""
+    return max(len(layouts.lists_of(key, config.block_m, config.block_n)) for key, _ in groups)
+
+
+def buffers(final: Tensor, parts: int) -> list[Tensor]:
+    """Where the parts of a layout write, by how many parts follow: `final` for the last, float32 for those before it.
+
+    A part reads what the part before it wrote, at the next number of the list. The two never share memory: some layouts of
+    registers hold a row in several warps, and then one warp may store before another has loaded.
+
+    Cost: for two parts one float32 tensor, for three or more a second one unless `final` is float32 and takes its place.
+    """
+    made = [final]
+    while len(made) < parts:
+        if len(made) > 2:
+            made.append(made[-2])
+        elif len(made) == 2 and final.dtype == torch.float32:
+            made.append(final)
+        elif final.dim() == 4:
+            made.append(empty_heads(final, dtype=torch.float32))
+        else:
+            made.append(torch.empty(*final.shape, dtype=torch.float32, device=final.device))
+    return made
 
 
 def launch_sparse_forward(
@@ -236,25 +257,24 @@ def launch_sparse_forward(
     if config is None:
         config = tuning.lookup("sparse_forward", dtype=q.dtype, head_dim=head_dim, device=q.device)
     head = head_arguments(q, config)
-    parts = (head["DA"], head["DB"])
-    partial_out = out if q.dtype == torch.float32 or not has_parts(groups, config) else empty_heads(q, tokens, torch.float32)
-    for numbers, lists, first, last in parts_of(groups, config, q.device):
+    parts = most_parts(groups, config)
+    outs, lses = buffers(out, parts), buffers(lse, parts)
+    own_box = takes_own_box(head_dim)
+    for numbers, lists, first, left in parts_of(groups, config, q.device):
         count = numbers.shape[0]
         rows = batch * count
         tiles = lists.q_tiles
-        boxed = use_descriptors(config, (q, k, v), [lists.pitch] * 3)
-        own_box = boxed and takes_own_box(head_dim)
-        operands = read_by(own_box, (q,), (lists.q_tile,), (lists.pitch,), parts)
-        operands += read_by(boxed, (k, v), [lists.k_tile] * 2, [lists.pitch] * 2, parts)
+        shapes = (lists.q_tile if own_box else None, lists.k_tile, lists.k_tile)
+        boxed, operands = read_by(config, (q, k, v), shapes, [lists.pitch] * 3, (head["DA"], head["DB"]))
         with on_device(q):
             launch(
                 _sparse_forward_kernel, (tiles * rows,),
-                *operands, out if last else partial_out, lse, None if first else partial_out,
+                *operands, outs[left], lses[left], *((None, None) if first else (outs[left + 1], lses[left + 1])),
                 numbers, lists.q_ptr, lists.q_keys, lists.q_masks, lists.masks,
                 *q.stride(), *k.stride(), *v.stride(),
                 rows, count, heads, tokens, lists.pitch, *lists.q_tile, lists.k_tile[1],
                 tiles, heads_in_l2(rows, tokens, head_dim, q.element_size()), scale,
-                **head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOXES=boxed, OWN_BOX=own_box,
+                **head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOXES=boxed, OWN_BOX=boxed and own_box,
                 **config.options,
             )  # fmt: skip
     return out, lse

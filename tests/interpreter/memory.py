@@ -3,7 +3,8 @@
 Each tensor argument gets addresses of its own, far from all others, that exist only here. An access is looked up before it is
 made: it must lie on an element of the view that was passed (not merely in its allocation: a gap between two rows is outside),
 reached from the pointer of that argument. And the programs of a launch run in no order, so none may touch what
-another has written, and no element is written twice.
+another has written, and no element is written twice. Nor may a program store to what it has loaded: the warps of a
+program run in no order either, and a layout of registers may hold one element in several warps.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Cells:
         self.reader[places] = np.where((before == NONE) | (before == program), program, MANY)
 
     def write(self, places: npt.NDArray[np.int64], program: int, names: str) -> None:
-        """Note a store; none may follow another, nor a load by another program."""
+        """Note a store; none may follow another, nor a load."""
         if self.writer is None:
             self.writer = np.full(self.size, NONE, np.int32)
         if (self.writer[places] != NONE).any():
@@ -93,8 +94,9 @@ class Cells:
         self.writer[places] = program
         if np.bincount(places - places.min()).max() > 1:
             raise MemoryFault(f"{names}: program {program} stores two values of one tile to one place")
-        if self.reader is not None and not np.isin(self.reader[places], (NONE, program)).all():
-            raise MemoryFault(f"{names}: program {program} stores to what another loads")
+        if self.reader is not None and (self.reader[places] != NONE).any():
+            other = "another loads" if (~np.isin(self.reader[places], (NONE, program))).any() else "it has loaded"
+            raise MemoryFault(f"{names}: program {program} stores to what {other}")
 
 
 class Launch:

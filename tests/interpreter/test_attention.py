@@ -20,7 +20,7 @@ from igpt_kernels._triton.attention_backward import launch_flash_backward, launc
 from igpt_kernels._triton.attention_forward import launch_flash_forward
 from igpt_kernels._triton.common import place_tile, split_head_dim
 from igpt_kernels._triton.decode import launch_decode
-from igpt_kernels._triton.descriptors import use_descriptors
+from igpt_kernels._triton.descriptors import read_by
 from igpt_kernels.reference import attention_reference, decode_attention_reference
 from igpt_kernels.tuning import Config
 from tests import kit
@@ -139,7 +139,7 @@ def test_descriptors(queries: int, keys: int, head_dim: int, dtype: torch.dtype,
     q = testing.make_input((2, 2, queries, head_dim), dtype=dtype, seed=1)
     k, v = (testing.make_input((2, 2, keys, head_dim), dtype=dtype, seed=seed, memory="fused_qkv") for seed in (2, 3))
     config = Config(32, 16, 4, 3, descriptors=True)
-    assert use_descriptors(config, (q, k, v), (queries, keys, keys))
+    assert read_by(config, (q, k, v), [(1, 16)] * 3, (queries, keys, keys), (16, 0))[0]
     compare(q, k, v, causal=causal, config=config)
 
 
@@ -300,6 +300,23 @@ def test_every_tile_of_every_head_has_one_program() -> None:
         assert sorted(out.flatten().tolist()) == list(range(tiles * heads))
         first = out[0].argsort().tolist()
         assert first == sorted(first, reverse=last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_a_whole_head(head_dim: int, dtype: torch.dtype) -> None:
+    q, k, v = kit.qkv((1, 2, 41, head_dim), dtype, "offset")
+    compare(q, k, v, causal=True, config=Config(32, 16, 4, 1, whole_head=True))
+
+
+def test_a_whole_head_is_one_part() -> None:
+    assert [split_head_dim(size, whole=True) for size in (1, 80, 96, 128, 160)] == [
+        (16, 0),
+        (128, 0),
+        (128, 0),
+        (128, 0),
+        (256, 0),
+    ]
 
 
 def test_head_dims_are_cut_with_little_padding() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import layouts, testing
+from igpt_kernels._triton import common, sparse_forward
 from igpt_kernels._triton.attention_forward import launch_flash_forward
-from igpt_kernels._triton.descriptors import use_descriptors
+from igpt_kernels._triton.descriptors import read_by
 from igpt_kernels._triton.sparse_backward import launch_sparse_backward
 from igpt_kernels._triton.sparse_decode import launch_sparse_decode
 from igpt_kernels._triton.sparse_forward import launch_sparse_forward
@@ -114,7 +116,7 @@ def test_descriptors(text: str, head_dim: int, dtype: torch.dtype, blocks: tuple
     for height, width in ((6, 12), (9, 8)):
         q, k, v = inputs(height * width, head_dim, dtype, heads=2)
         config = Config(*blocks, 4, 3, descriptors=True)
-        assert use_descriptors(config, (q, k, v), [width] * 3)
+        assert read_by(config, (q, k, v), [(8, 8)] * 3, [width] * 3, (16, 0))[0]
         compare(q, k, v, layouts.parse(text, height, width), config=config)
 
 
@@ -139,6 +141,33 @@ def test_tiles(text: str, tile: tuple[int, int]) -> None:
 @pytest.mark.parametrize("head_dim", [1, 8, 16, 17, 32, 48, 64, 72, 80, 96, 100, 128, 160, 192, 256])
 def test_head_dims(text: str, head_dim: int, dtype: torch.dtype) -> None:
     compare(*inputs(42, head_dim, dtype, layout="heads_last"), layouts.parse(text, 6, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_a_whole_head(head_dim: int, dtype: torch.dtype) -> None:
+    config = Config(32, 16, 4, 1, whole_head=True)
+    assert common.head_arguments(torch.empty(1, 1, 1, head_dim), config)["DB"] == 0
+    compare(*inputs(42, head_dim, dtype, layout="offset"), layouts.parse("row_column", 6, 7), config=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["row", "row_column", "column+strided:5+local2d:2"])
+def test_no_part_writes_what_it_reads(text: str, dtype: torch.dtype) -> None:
+    layout = layouts.parse(text, 6, 7)
+    q, k, v = inputs(42, 16, dtype)
+    parts = len(layouts.lists_of(layout.key, 16, 16))
+    assert parts == {"row": 1, "row_column": 2}.get(text, parts)
+    assert parts >= text.count("+") + 1
+    for final in (q, q.new_empty(1, 1, 42, dtype=torch.float32)):
+        made = sparse_forward.buffers(final, parts)
+        pointers = [buffer.data_ptr() for buffer in made]
+        assert made[0] is final
+        assert len(made) == parts
+        assert all(one != other for one, other in itertools.pairwise(pointers))
+        assert all(buffer.dtype == torch.float32 for buffer in made[1:])
+        assert len(set(pointers)) == min(parts, 2 if final.dtype == torch.float32 else 3)
+    compare(q, k, v, layout)  # under the watch over memory, which finds a program that stores to what it has loaded
 
 
 @pytest.mark.parametrize("kinds", [(a, b) for a in testing.MEMORY_FORMATS for b in testing.MEMORY_FORMATS], ids="-".join)

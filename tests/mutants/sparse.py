@@ -123,7 +123,7 @@ MUTANTS = (
         "if PartialDQ is None and False:",
         "test_patterns",
     ),
-    Mutant("sparse: dK scaled in every part", "sparse_backward.py", "scale if last else 1.0", "scale", "test_patterns"),
+    Mutant("sparse: dK scaled in every part", "sparse_backward.py", "1.0 if left else scale", "scale", "test_patterns"),
     Mutant("sparse: delta left out", "sparse_backward.py", "- delta[:, None])", "- 0 * delta[:, None])", "test_patterns"),
     Mutant(
         "sparse: backward mask ignored",
@@ -167,6 +167,13 @@ MUTANTS = (
         "tl.minimum(tl.maximum(tl.load(Lengths + batch).to(tl.int32), 0), T)",
         "tl.load(Lengths + batch).to(tl.int32)",
         "test_decode_clamps",
+    ),
+    Mutant(
+        "memory: a part writes the sums it reads",
+        "sparse_forward.py",
+        "if len(made) > 2:",
+        "if len(made) > 1:",
+        "test_no_part_writes_what_it_reads",
     ),
     Mutant(
         "memory: queries beyond the image read",
