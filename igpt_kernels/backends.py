@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from igpt_kernels import self_check
+from igpt_kernels.self_check_cases import CASES
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -260,6 +263,24 @@ def _load(place: str) -> Callable[..., Any]:
     return loaded
 
 
+_CHECKED = {(op, name, "triton") for op, name in CASES}
+
+
+@functools.cache
+def _checked(op: str, name: str) -> Callable[..., Any]:
+    """A step of the Triton backend that checks its operation's kernels before they run for the first time."""
+    functions = next(each.functions for each in IMPLEMENTATIONS[op] if each.backend == "triton")
+
+    def load(step: str) -> Callable[..., Any]:
+        return _load(functions[step])
+
+    def run(*arguments: Any) -> Any:
+        self_check.ensure(op, name, arguments, load)
+        return load(name)(*arguments)
+
+    return run
+
+
 def step(op: str, backend: str, name: str) -> Callable[..., Any]:
     """The function of a backend for a step of an operation, for example ``step("rms_norm", "triton", "backward")``.
 
@@ -268,6 +289,6 @@ def step(op: str, backend: str, name: str) -> Callable[..., Any]:
     """
     for each in IMPLEMENTATIONS[op]:
         if each.backend == backend and name in each.functions:
-            return _load(each.functions[name])
+            return _checked(op, name) if (op, name, backend) in _CHECKED else _load(each.functions[name])
     known = [each.backend for each in IMPLEMENTATIONS[op] if name in each.functions]
     raise ValueError(f"backend must be one of {', '.join(known)} for {name} of {op}; got {backend!r}")

@@ -53,6 +53,7 @@ TESTED_BY = {
     "igpt_kernels.patterns": "tests/igpt_kernels/test_layouts.py",
     "igpt_kernels.checks": "tests/igpt_kernels/test_attention.py, test_loss.py, test_norm.py",
     "igpt_kernels.memory": "tests/igpt_kernels/test_attention.py",
+    "igpt_kernels.self_check_cases": "tests/igpt_kernels/test_self_check.py, tests/gpu/test_self_check.py",
     "igpt_kernels.reference": "tests/igpt_kernels/test_attention.py, test_loss.py, test_norm.py, test_activation.py",
     "igpt_kernels.tensors": "tests/igpt_kernels/_ops/test_attention.py, tests/igpt_kernels/test_attention.py",
     "igpt.errors": "tests/igpt/commands/test_main.py",

@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from igpt.machine import without_cuda
+    from igpt_kernels import self_check
     from igpt_kernels._native import load
 
     versions = {}
@@ -64,6 +65,7 @@ def collect() -> dict[str, Any]:
             device: {"loaded": status.loaded, "path": str(status.path or ""), "reason": status.reason}
             for device, status in libraries.items()
         },
+        "self_check": self_check.describe(),
         "kernels": kernels(),
     }
 
@@ -118,6 +120,7 @@ def run_info(options: InfoOptions) -> None:
     for device, library in facts["extension"].items():
         words = f"loaded: {library['path']}" if library["loaded"] else f"not loaded: {library['reason']}"
         print(f"extension     {device}: {words}")
+    print(f"self-check    {facts['self_check']}")
     rows = [("operation", "device", "sizes", "dtypes", "auto takes (why not a faster one)")]
     rows += [(row["op"], row["device"], row["sizes"], row["dtypes"], row["auto"]) for row in facts["kernels"]]
     print()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from igpt_kernels import testing, tuning
+from igpt_kernels import backends, self_check_cases, testing, tuning
 from igpt_kernels.tuning import Config
 from tools import tune
 from tools.kernels import DTYPES, KERNELS, LOSS, OPERATIONS, SPARSE, Inputs, Operation, listed_sizes, partner
@@ -28,6 +28,12 @@ def test_every_launch_gives_what_its_oracle_says(kernel: str, bits: int) -> None
         factor = testing.GRADIENT_FACTOR if entry.backward else testing.OUTPUT_FACTOR
         for mine, true, low in zip(ours, exact, eager, strict=True):
             testing.error_ratio(mine, true, low, factor=factor, floor=8.0, name=f"{kernel} form {form}")
+
+
+@pytest.mark.parametrize("case", self_check_cases.CASES, ids="-".join)
+def test_the_cases_of_the_self_check_pass(case: tuple[str, str]) -> None:
+    functions = next(each.functions for each in backends.IMPLEMENTATIONS[case[0]] if each.backend == "triton")
+    self_check_cases.CASES[case](lambda step: backends._load(functions[step]), torch.float32, 32, torch.device("cpu"))
 
 
 def small(operation: Operation) -> Operation:

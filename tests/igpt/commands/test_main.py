@@ -191,6 +191,7 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["extension"]) == {"cpu", "cuda"}
     assert all(library["loaded"] or library["reason"] for library in facts["extension"].values())
+    assert facts["self_check"].startswith(("on", "off"))
     rows = {(row["op"], row["device"], row["sizes"]): row for row in facts["kernels"]}
     assert {op for op, _, _ in rows} == set(backends.IMPLEMENTATIONS)
     row = rows["flash_attention", "cpu", "head_dim 16..320"]
@@ -200,6 +201,7 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
     assert main.main(["info"]) == 0
     text = capsys.readouterr().out
     assert "extension" in text
+    assert "self-check    on" in text or "self-check    off" in text
     assert "linear_cross_entropy" in text
 
 
