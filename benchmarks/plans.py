@@ -111,7 +111,8 @@ PLANS: dict[tuple[str, str], tuple[PlanEntry, ...]] = {
         PlanEntry("fused", resolutions=(64,), methods=("eager", "ours")),
         PlanEntry("palette", resolutions=(256,), methods=("torch", "cdist")),
         PlanEntry("train", presets=("S",), resolutions=(32,), methods=("plain", "kernels")),
-        PlanEntry("sample", presets=("S", "L"), resolutions=(32,), methods=("kernels",)),
+        PlanEntry("train", presets=("S",), resolutions=(64,), methods=("kernels", "sparse")),
+        PlanEntry("sample", presets=("S", "L"), resolutions=(32,), methods=("plain", "kernels")),
     ),
     ("cuda", "default"): (
         PlanEntry("attention", presets=("S", "M", "L")),

@@ -15,6 +15,10 @@ pytest.register_assert_rewrite("tests.kit", "tests.operators", "tests.runs", "te
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
+# Tests compare kernels with the oracle themselves; the check at first use would run them once more in every process.
+os.environ.setdefault("IGPT_KERNELS_SELF_CHECK", "0")
+
+
 def pytest_configure() -> None:
     # A shell starts background jobs with SIGINT ignored, and what is ignored is inherited, by the tests of signals too.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -60,7 +60,9 @@ def parts(folder: Path) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer") or str(
         Path(native_build.toolkit().path or "/usr/local/cuda") / "bin/compute-sanitizer"
     )
-    parallel = ("-n", "12") if importlib.util.find_spec("xdist") else ()  # most of a test's time is the compiler's
+    parallel = (
+        ("-n", "12", "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
+    )  # most of a test's time is the compiler's
     calls = (python, "-m", "tools.sanitize")
     sanitizers = [(sanitizer, "--tool", tool, "--error-exitcode", "9", *calls) for tool in TOOLS]
     plan = (python, "-m", "tools.kernel_plan")

@@ -55,7 +55,7 @@ def describe(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block:
 
 @functools.cache
 def _has_engine(device: torch.device) -> bool:
-    """Whether a device copies boxes: compute capability 9.0 and later; and the CPU, where kernels are interpreted or compiled."""
+    """Whether a device copies boxes: compute capability 9.0 and later, and the CPU (interpreter, audit)."""
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9

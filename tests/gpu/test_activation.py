@@ -33,6 +33,7 @@ def test_widths(rows: int, width: int, dtype: torch.dtype) -> None:
     check_gelu(x, weight)
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("rows", [4096, 65536])
 @pytest.mark.parametrize("width", [512, 1024, 1536, 2048, 6144])
 def test_rows_of_image_gpt(width: int, rows: int) -> None:
@@ -66,6 +67,7 @@ def test_the_same_bits_a_thousand_times() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements() -> None:
     """Rows whose last ones are beyond 32-bit offsets."""
     rows = 2**31 // 512 + 1000

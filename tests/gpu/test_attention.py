@@ -78,6 +78,7 @@ def test_the_same_bits_a_thousand_times() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements() -> None:
     """Batch 350 of 64 x 64 RGB with 8 heads of 64 in a fused tensor: the last image is beyond 32-bit offsets."""
     fused = torch.empty(350, 12288, 3, 8, 64, dtype=torch.bfloat16, device="cuda")

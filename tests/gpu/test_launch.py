@@ -40,8 +40,9 @@ def test_the_same_bits_as_by_triton_on_two_alignments_in_turn(monkeypatch: pytes
         for shift in (0, 3):
             assert all(torch.equal(a, b) for a, b in zip(attention(*heads(shift)), want[shift], strict=True))
     assert all(form.direct and form.compiled for form in module._forms.values())
-    assert len(module._forms) == 4, "one form of arguments for each kernel"
-    assert sorted(len(form.compiled) for form in module._forms.values()) == [2, 2, 2, 2]
+    # Four kernels; the two that may read by descriptors take tensors where the address is odd, which is another form.
+    counts = sorted(len(form.compiled) for form in module._forms.values())
+    assert counts in ([2, 2, 2, 2], [1, 1, 1, 1, 2, 2])
 
 
 def test_later_calls_do_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ def test_widths(rows: int, width: int, dtype: torch.dtype) -> None:
     check_norm(x, weight, residual)
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("rows", [4096, 65536])
 @pytest.mark.parametrize("width", [512, 1024, 1536, 2048, 6144])
 def test_rows_of_image_gpt(width: int, rows: int) -> None:
