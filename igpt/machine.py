@@ -31,13 +31,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def without_cuda() -> str:
-    """Why no CUDA device can be used: a torch without CUDA, no driver or one too old, none visible; empty when one can."""
+    """Why no CUDA device can be used: a torch without CUDA, no driver or one too old, none visible; empty when one can.
+
+    A torch for ROCm calls AMD GPUs CUDA devices.
+    """
     if torch.cuda.is_available():
         return ""
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} for ROCm {torch.version.hip} sees no GPU"
     if torch.version.cuda is None:
-        return (
-            f"torch {torch.__version__} is built without CUDA; to use an NVIDIA GPU install another build (https://pytorch.org)"
-        )
+        return f"torch {torch.__version__} is built without CUDA; to use a GPU of NVIDIA or AMD install another build (https://pytorch.org)"
     try:
         torch.cuda.init()
     except RuntimeError as error:

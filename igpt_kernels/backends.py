@@ -12,11 +12,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from igpt_kernels import self_check
+from igpt_kernels import self_check, tuning
 from igpt_kernels.self_check_cases import CASES
 
 
@@ -121,8 +122,14 @@ SIZE_ARGUMENT: Mapping[str, str | None] = {
 }
 """The one size that an operation's backends may be limited in, as `explain` takes it."""
 MIN_COMPUTE_CAPABILITY = (8, 0)
-"""From which on the Triton kernels run: bfloat16 products, and 99 KiB of shared memory."""
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: searching the path costs more than a small attention
+"""From which on the Triton kernels run on NVIDIA GPUs: bfloat16 products, and 99 KiB of shared memory."""
+AMD_STATE = f"compiled for {', '.join(tuning.AMD_CHIPS)}, not run"
+"""What is known about the Triton kernels on AMD GPUs. Other chips than these take the same table."""
+_TRITON = importlib.util.find_spec("triton")  # once: searching the path costs more than a small attention
+_HAS_TRITON = _TRITON is not None
+_HAS_TRITON_FOR_AMD = any(
+    (Path(folder) / "backends" / "amd").is_dir() for folder in (_TRITON and _TRITON.submodule_search_locations) or ()
+)
 
 
 class BackendUnavailable(ValueError):
@@ -135,7 +142,8 @@ def reasons(
     """Everything that speaks against an implementation for such inputs; empty when it can run."""
     found = []
     if implementation.devices is not None and device.type not in implementation.devices:
-        found.append(f"device {device.type} is not one of {', '.join(implementation.devices)}")
+        meant = f" ({_triton_chips()})" if implementation.requires == "triton" else ""
+        found.append(f"device {device.type} is not one of {', '.join(implementation.devices)}{meant}")
     if dtype not in implementation.dtypes:
         found.append(f"dtype {dtype} is not one of {', '.join(map(str, implementation.dtypes))}")
     if size is not None:
@@ -150,11 +158,20 @@ def reasons(
     return found
 
 
+def _triton_chips() -> str:
+    """What the device ``cuda`` is for Triton."""
+    return "NVIDIA or AMD GPUs" if torch.version.hip is None else f"AMD GPUs, {AMD_STATE}"
+
+
 def _without_triton(device: torch.device) -> list[str]:
     """Why Triton cannot run on `device`; a GPU that is not in this machine is taken to be new enough."""
     found = []
     if not _HAS_TRITON:
         found.append("triton is not installed (pip install triton)")
+    if torch.version.hip is not None:  # no capability to compare: what a chip lacks, Triton's compiler does in another way
+        if device.type == "cuda" and _HAS_TRITON and not _HAS_TRITON_FOR_AMD:
+            found.append("the installed triton has no compiler for AMD GPUs (pip install triton, or the one of torch for ROCm)")
+        return found
     # torch.compile folds the properties into a constant, but neither the count nor get_device_capability; and what it traces
     # has its tensors on a device that is there.
     cuda = device.type == "cuda" and torch.cuda.is_available()
@@ -187,6 +204,8 @@ def explain(
     vocab: int | None = None,
 ) -> list[tuple[str, list[str]]]:
     """The backends of `op`, best first, each with the reasons it cannot run (an empty list: it can).
+
+    A torch for ROCm calls AMD GPUs ``cuda``. The Triton kernels are compiled for gfx90a, gfx942 and gfx950, and not run there.
 
     Args:
         op: name of a public operation, for example ``"flash_attention"``.

@@ -1,8 +1,9 @@
 """Kernel configurations as data: which tile sizes and warps a kernel runs with on a device. Nothing is tuned at run time.
 
 Autotuning while a program runs lets the ranks of one job disagree (NVIDIA/Megatron-LM#6966) and hides wrong results; here
-a table decides, and ``make tune`` writes a new one. Files are `configs/<name>.json`: one for each family of chips, one
-`default` that fits every chip from compute capability 8.0 on; after ``make tune`` one for a device by name.
+a table decides, and ``make tune`` writes a new one. Files are `configs/<name>.json`, one for each family of chips. `default`
+serves every other NVIDIA chip from compute capability 8.0 on, `amd` every AMD chip. After ``make tune`` there is one for a
+device by name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import torch
 FOLDER = Path(__file__).parent / "configs"
 FAMILIES: Mapping[tuple[int, int], str] = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 """Compute capability -> table. Others (8.6, 8.9, 12.0: 99 KiB of shared memory) take the default."""
+AMD = "amd"
+"""The table of AMD chips that have none of their own; `AMD_CHIPS` are those that it was compiled for."""
+AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
+"""Of AMD Instinct MI200, MI300 and MI350. The kernels are compiled for them and were never run on one."""
 PAIRS = {
     f"{kind}_backward_{one}": f"{kind}_backward_{other}"
     for kind in ("flash", "sparse")
@@ -37,10 +42,11 @@ class Config:
     Attributes:
         block_m: rows (attention: of queries) in a tile; a power of two.
         block_n: columns (attention: rows of keys) in a tile; a power of two.
-        num_warps: warps of 32 threads in a program.
+        num_warps: warps of 32 threads in a program; on AMD's data center chips waves of 64.
         num_stages: tiles in flight between memory and the multiplications; where nothing is multiplied (norm, activation),
             programs that a multiprocessor holds at once.
         maxnreg: most registers a thread may take, so that more programs fit on a multiprocessor; 0 leaves it to the compiler.
+            This and the flags below are for NVIDIA chips: the compiler for AMD chips knows none of them.
         descriptors: load tiles by the copy engine of compute capability 9.0 and later (TMA), where strides allow it.
         whole_head: a head in one part padded to a power of two (96 as 128, zeros beyond), not in two (64 and 32).
         gluon: the kernel written in Gluon, with a warp that copies and warpgroups that compute; compute capability 9.0.
@@ -134,18 +140,26 @@ def measured(name: str) -> Mapping[str, frozenset[int]]:
 
 
 def slug(device_name: str) -> str:
-    """The file name of a device: ``NVIDIA H200`` is ``nvidia-h200``."""
-    return "-".join(device_name.lower().split())
+    """The file name of a device: ``NVIDIA H200`` is ``nvidia-h200``, ``AMD Instinct MI250X/MI250`` has no slash in it."""
+    return "-".join(device_name.lower().replace("/", " ").split())
 
 
 @functools.cache
 def table_for(device: torch.device) -> str:
-    """The name of the nearest table: the device's own, else its family's, else the default."""
+    """The name of the nearest table: the device's own, else its family's, else the default of its maker.
+
+    A torch for ROCm calls AMD chips ``cuda`` too. Their family is the first part of a name like ``gfx942:sramecc+:xnack-``.
+    """
     if device.type != "cuda":
         return "default"
-    own = slug(torch.cuda.get_device_name(device))
-    if (FOLDER / f"{own}.json").exists():
-        return own
+    names = [slug(torch.cuda.get_device_name(device))]
+    if torch.version.hip is not None:
+        names.append(torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    for name in names:
+        if (FOLDER / f"{name}.json").exists():
+            return name
+    if torch.version.hip is not None:
+        return AMD
     return FAMILIES.get(torch.cuda.get_device_capability(device), "default")
 
 

@@ -5,6 +5,7 @@ what would be launched. A row fails on a spill (local memory); on more shared me
 when a 16-bit product is no warpgroup MMA; or when ptxas made the products wait for each other
 (its warning C7515: then there are as many waits as products). Kernels that only move memory (norm, activation) fail where
 their loads and stores are not 16 bytes wide; or where fewer programs fit on a multiprocessor than are launched for it.
+On AMD chips a row fails on scratch memory, and where a 16-bit product has no matrix instruction (`tools.amdgcn`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,11 +30,42 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from igpt_kernels import tuning
+from tools import amdgcn
 from tools.kernels import DTYPES, KERNELS, partner
 
-# Table of configurations -> the chip it is compiled for, and the shared memory that chip gives one program (CUDA C++
-# programming guide, "technical specifications per compute capability").
-TARGETS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10), "sm_100": (100, 227 << 10), "default": (86, 99 << 10)}
+
+class Target(NamedTuple):
+    """A chip that need not be here.
+
+    Attributes:
+        table: its table of configurations.
+        arch: its name for Triton's compilers: a compute capability (NVIDIA), or ``gfx...`` (AMD).
+        shared: bytes of shared memory that it gives one program.
+    """
+
+    table: str
+    arch: int | str
+    shared: int
+
+    @property
+    def gpu(self) -> GPUTarget:
+        """As Triton's drivers name it: a warp of 32 threads, on these AMD chips a wave of 64."""
+        return GPUTarget("cuda", self.arch, 32) if isinstance(self.arch, int) else GPUTarget("hip", self.arch, 64)
+
+
+# Shared memory: CUDA programming guide, "technical specifications per compute capability"; LDS of a compute unit in the
+# instruction set manuals of AMD CDNA 2, 3 and 4.
+TARGETS = {
+    "sm_80": Target("sm_80", 80, 163 << 10),
+    "sm_86": Target("default", 86, 99 << 10),
+    "sm_89": Target("default", 89, 99 << 10),
+    "sm_90": Target("sm_90", 90, 227 << 10),
+    "sm_100": Target("sm_100", 100, 227 << 10),
+    "sm_120": Target("default", 120, 99 << 10),
+    "gfx90a": Target("amd", "gfx90a", 64 << 10),
+    "gfx942": Target("amd", "gfx942", 64 << 10),
+    "gfx950": Target("amd", "gfx950", 160 << 10),
+}
 REGISTERS = 1 << 16
 """Of a multiprocessor, 32 bits each, on all these chips."""
 WITHOUT_WGMMA = {("sparse_backward_keys", 256)}
@@ -48,7 +81,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Row:
     """One compiled kernel: what it uses of the chip, and what is wrong with that."""
 
-    table: str
+    chip: str
     kernel: str
     bits: int
     size: int
@@ -56,48 +89,59 @@ class Row:
     config: tuple[int, int, int, int]
     registers: int
     spills: int
-    """Instructions that store to or load from local memory."""
+    """Instructions that store to or load from local memory; on AMD chips, vector registers kept in scratch memory."""
     shared: int
     """Bytes of shared memory."""
     wgmma: int
     mma: int
+    """Matrix instructions of one warp (AMD: of one wave)."""
     waits: int
     wide: int
     """Loads and stores of global memory that move 16 bytes a thread."""
     narrow: int
     """Those that move less."""
     problems: tuple[str, ...]
+    accumulators: int = 0
+    """AGPRs among the registers, on AMD chips."""
 
 
 class _Chip:
     """A driver of Triton's for a chip that is not here: enough to compile, not to launch."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
-    def get_current_device(self) -> int:
-        return self.capability
+    def get_current_device(self) -> int | str:
+        return self.target.arch
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        return self.target
 
 
 @contextmanager
-def compile_only(capability: int) -> Iterator[list[tuple[str, triton.compiler.CompiledKernel]]]:
-    """Inside, launching a kernel compiles it for `capability` instead; the list collects (name, compiled kernel)."""
+def compile_only(
+    chip: str, functions: Collection[str] | None = None
+) -> Iterator[list[tuple[str, triton.compiler.CompiledKernel]]]:
+    """Inside, launching a kernel compiles it for `chip` of `TARGETS` instead; the list collects (name, compiled kernel).
+
+    Names are those of Triton functions without underscore and ``_kernel``; what `functions` does not name is not compiled.
+    """
     compiled: list[tuple[str, triton.compiler.CompiledKernel]] = []
     run = JITFunction.run
 
     def collect(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        if functions is not None and name not in functions:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.__name__, kernel))
+        compiled.append((name, kernel))
         return kernel
 
     JITFunction.run = collect
-    driver.set_active(_Chip(capability))
+    driver.set_active(_Chip(TARGETS[chip].gpu))
     try:
         yield compiled
     finally:
@@ -143,7 +187,7 @@ def mover_problems(name: str, config: tuning.Config, registers: int, wide: int, 
     problems = []
     if narrow >= wide:
         problems.append(f"{narrow} of {narrow + wide} loads and stores are narrow")
-    if name.endswith("backward_kernel") and registers * 32 * config.num_warps * config.num_stages > REGISTERS:
+    if name.endswith("backward") and registers * 32 * config.num_warps * config.num_stages > REGISTERS:
         problems.append(f"{config.num_stages} programs of {registers} registers do not fit on a multiprocessor")
     return problems
 
@@ -154,62 +198,65 @@ def timed(table: str, kernel: str, size: int) -> bool:
     return bool(serving) and min(serving) in tuning.measured(table).get(kernel, ())
 
 
-def audit(table: str, kernel: str, bits: int, size: int, config: tuning.Config | None = None) -> list[Row]:
-    """Compile one configuration (the table's, or `config`) and look at it; one row for each kernel launched."""
-    (capability, limit), kind = TARGETS[table], KERNELS[kernel].kind
-    shipped = tuning.table(table)
+def audit(chip: str, kernel: str, bits: int, size: int, config: tuning.Config | None = None) -> list[Row]:
+    """Compile one configuration (the table's, or `config`) for a chip and look at it; one row for each kernel launched."""
+    target, kind = TARGETS[chip], KERNELS[kernel].kind
+    shipped = tuning.table(target.table)
     chosen = tuning.nearest(shipped, kernel, bits, size) if config is None else config
     other = tuning.nearest(shipped, partner(kernel), bits, size)
-    with compile_only(capability) as compiled:
+    # What else is launched makes the inputs, or is the partner of the kernel.
+    with compile_only(chip, KERNELS[kernel].functions + KERNELS[kernel].compiled_only) as compiled:
         launch(kernel, size, DTYPES[bits], chosen, other)
     rows = []
-    for name, result in {result.hash: (name, result) for name, result in compiled}.values():
-        short = name.strip("_").removesuffix("_kernel")
+    for short, result in {result.hash: (name, result) for name, result in compiled}.values():
+        shared = int(result.metadata.shared)
+        problems = [f"{shared} bytes of shared memory, the chip has {target.shared}"] if shared > target.shared else []
         gluon = short in KERNELS[kernel].compiled_only
-        if short not in KERNELS[kernel].functions and not gluon:
-            continue  # launched to make the inputs, or the partner of the kernel
+        product, mover = (
+            kind == "product" and (short == kernel or gluon) and bits == 16,
+            kind == "rows" and short != "sum_partials",
+        )
+        sizes = (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)
+        if isinstance(target.arch, str):
+            used = amdgcn.read(result.asm["amdgcn"])
+            problems += used.problems(product=product)
+            if mover:
+                persistent = chosen.num_stages if short.endswith("backward") else 1
+                problems += used.mover_problems(chosen.num_warps, persistent, shared, target.shared)
+            counts = (used.registers, used.spills, shared, 0, used.mfma, 0, used.wide, used.narrow)
+            rows.append(Row(chip, short, bits, size, sizes, *counts, tuple(problems), used.accumulators))
+            continue
         registers, count = inspect(result)
         spills, wgmma, mma, waits = (count(p) for p in (r"\b(?:STL|LDL)\b", r"\bHGMMA\.", r"\bHMMA\.", r"WARPGROUP\.DEPBAR"))
         wide = count(r"\b(?:LDG|STG)\.\S*\b128\b")
         narrow = count(r"\b(?:LDG|STG)\.") - wide
-        shared = int(result.metadata.shared)
-        problems = []
-        if spills > (SPILLS_ONCE if gluon else 2 if (table, short, bits) in SPILLS_A_WORD else 0):
+        if spills > (SPILLS_ONCE if gluon else 2 if (chip, short, bits) in SPILLS_A_WORD else 0):
             problems.append("spills")
-        if shared > limit:
-            problems.append(f"{shared} bytes of shared memory, the chip has {limit}")
-        if (
-            kind == "product"
-            and (short == kernel or gluon)
-            and bits == 16
-            and table == "sm_90"
-            and (kernel, size) not in WITHOUT_WGMMA
-        ):
+        if product and chip == "sm_90" and (kernel, size) not in WITHOUT_WGMMA:
             if not wgmma:
                 problems.append("no WGMMA")
             elif waits >= wgmma:
                 problems.append("WGMMA serialised")
-        if kind == "rows" and short != "sum_partials":
-            problems += mover_problems(name, chosen, registers, wide, narrow)
-        if bits == 16 and timed(table, kernel, size) and config is None:
+        if mover:
+            problems += mover_problems(short, chosen, registers, wide, narrow)
+        if bits == 16 and timed(target.table, kernel, size) and config is None:
             problems = [problem for problem in problems if "shared memory" in problem]  # a spill is a guess, a time is not
-        sizes = (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)
         rows.append(
-            Row(table, short, bits, size, sizes, registers, spills, shared, wgmma, mma, waits, wide, narrow, tuple(problems))
+            Row(chip, short, bits, size, sizes, registers, spills, shared, wgmma, mma, waits, wide, narrow, tuple(problems))
         )
     return rows
 
 
 def shipped_cases(
-    tables: Sequence[str], all_bits: Sequence[int] = (16, 32), *, models: bool = False
+    chips: Sequence[str], all_bits: Sequence[int] = (16, 32), *, models: bool = False
 ) -> Iterator[tuple[str, str, int, int]]:
-    """Every entry of the tables at the size it is listed for, and the sizes of Image GPT; with `models` the latter alone."""
-    for table in tables:
-        for kernel, by_bits in tuning.table(table).items():
+    """Every entry of the chips' tables at the size it is listed for, and the sizes of Image GPT; with `models` these alone."""
+    for chip in chips:
+        for kernel, by_bits in tuning.table(TARGETS[chip].table).items():
             for bits, dims in ((int(bits), dims) for bits, dims in by_bits.items() if int(bits) in all_bits):
                 listed = set() if models else {int(dim) for dim in dims}
                 for size in sorted(listed | set(KERNELS[kernel].operation.sizes)):
-                    yield table, kernel, bits, size
+                    yield chip, kernel, bits, size
 
 
 def ptxas_version() -> str:
@@ -222,19 +269,21 @@ def ptxas_version() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a row has a problem."""
     parser = argparse.ArgumentParser(description="compile every shipped kernel configuration and show what it uses")
-    parser.add_argument("tables", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is named")
+    parser.add_argument("chips", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is named")
     parser.add_argument("--bits", nargs="+", type=int, choices=[16, 32], default=[16, 32], help="of the values; both")
     parser.add_argument("--models", action="store_true", help="only at the sizes of Image GPT")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     options = parser.parse_args(arguments)
-    for table in options.tables:
-        if table not in TARGETS:
-            parser.error(f"tables must be of {', '.join(TARGETS)}; got {table}")
+    for chip in options.chips:
+        if chip not in TARGETS:
+            parser.error(f"chips must be of {', '.join(TARGETS)}; got {chip}")
     if not options.json:
         print(f"triton {triton.__version__}, ptxas {ptxas_version()}; config is block_m, block_n, num_warps, num_stages")
-        print(f"{'table':8} {'kernel':24} bits size {'config':>15} regs spills  shared WGMMA   MMA waits wide narrow  verdict")
+        print(
+            f"{'chip':8} {'kernel':24} bits size {'config':>15} regs AGPR spills shared WGMMA   MMA waits wide narrow  verdict"
+        )
     failed = total = 0
-    for case in shipped_cases(options.tables, options.bits, models=options.models):
+    for case in shipped_cases(options.chips, options.bits, models=options.models):
         for row in audit(*case):
             total += 1
             failed += bool(row.problems)
@@ -243,8 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             config = ",".join(map(str, row.config))
             print(
-                f"{row.table:8} {row.kernel:24} {row.bits:>4} {row.size:>4} {config:>15} {row.registers:>4} "
-                f"{row.spills:>6} {row.shared:>7} {row.wgmma:>5} {row.mma:>5} {row.waits:>5} {row.wide:>4} {row.narrow:>6}  "
+                f"{row.chip:8} {row.kernel:24} {row.bits:>4} {row.size:>4} {config:>15} "
+                f"{row.registers:>4} {row.accumulators:>4} {row.spills:>6} {row.shared:>6} "
+                f"{row.wgmma:>5} {row.mma:>5} {row.waits:>5} {row.wide:>4} {row.narrow:>6}  "
                 f"{'; '.join(row.problems) or 'ok'}",
                 flush=True,
             )

@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from igpt.machine import without_cuda
-    from igpt_kernels import self_check
+    from igpt_kernels import backends, self_check
     from igpt_kernels._native import load
 
     versions = {}
@@ -51,6 +51,8 @@ def collect() -> dict[str, Any]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
+        if torch.version.hip is not None:
+            capability = f"{properties.gcnArchName} (Triton kernels: {backends.AMD_STATE})"
         devices.append(f"cuda:{index}: {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
     if reason := without_cuda():
         devices.append(f"cuda: none: {reason}")

@@ -106,6 +106,10 @@ def _load(device: Device) -> ExtensionStatus:
     except (ImportError, OSError) as error:
         return ExtensionStatus(False, library, f"torch cannot be imported ({error}); install torch >= 2.11")
     if device == "cuda":
+        if torch.version.hip is not None:
+            return ExtensionStatus(
+                False, library, f"the CUDA library is for NVIDIA GPUs, torch {torch.__version__} is for ROCm"
+            )
         if torch.version.cuda is None:
             return ExtensionStatus(False, library, f"torch {torch.__version__} has no CUDA; install one that has")
         if not status("cpu").loaded:

@@ -191,7 +191,8 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 def heads_in_l2(heads: int, tokens: int, head_dim: int, itemsize: int, cache_bytes: int = 32 << 20) -> int:
     """How many heads run side by side: as many as keep their keys and values in the L2 cache together.
 
-    32 MiB is about half of the L2 of an H100 or H200 (50 and 60 MB); the other half serves queries and outputs.
+    32 MiB is about half of the L2 of an H100 or H200 (50 and 60 MB); the other half serves queries and outputs. Only the
+    order of programs depends on it. AMD's MI300X has 4 MB of L2 a die and 256 MB behind them: nothing is measured there.
     """
     return max(1, min(heads, cache_bytes // max(1, 2 * tokens * head_dim * itemsize)))
 

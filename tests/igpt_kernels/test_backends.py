@@ -120,10 +120,33 @@ def test_the_palette_gives_its_reasons_from_the_table() -> None:
 def test_every_reason_is_given() -> None:
     table = backends.explain("linear_cross_entropy", dtype=torch.float64, device="cpu", vocab=1)
     assert dict(table)["triton"] == [
-        "device cpu is not one of cuda",
+        "device cpu is not one of cuda (NVIDIA or AMD GPUs)",
         "dtype torch.float64 is not one of torch.float16, torch.bfloat16, torch.float32",
         "vocab 1 is below 2",
     ]
+
+
+def test_a_torch_for_rocm_may_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its capability numbers are no compute capabilities: gfx1030 says 10.3, gfx90a 9.0."""
+
+    def triton(device: str) -> list[str]:
+        return dict(backends.explain("flash_attention", dtype=torch.float16, device=device, head_dim=64))["triton"]
+
+    monkeypatch.setattr(torch.version, "hip", "7.0.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = types.SimpleNamespace(major=7, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert triton("cuda") == triton("cuda:0") == []
+    assert triton("cpu") == ["device cpu is not one of cuda (AMD GPUs, compiled for gfx90a, gfx942, gfx950, not run)"]
+    monkeypatch.setattr(backends, "_HAS_TRITON_FOR_AMD", False)
+    assert triton("cuda") == [
+        "the installed triton has no compiler for AMD GPUs (pip install triton, or the one of torch for ROCm)"
+    ]
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton("cuda") == ["compute capability 7.0 is below 8.0"]
+    monkeypatch.undo()
+    assert backends._HAS_TRITON_FOR_AMD == backends._HAS_TRITON, "the wheel of the package registry has it"
 
 
 def test_a_choice_by_name_looks_at_that_backend_alone() -> None:

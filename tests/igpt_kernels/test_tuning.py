@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,20 @@ TABLES = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
 
 
 def test_families_have_tables() -> None:
-    assert {"sm_80", "sm_90", "sm_100", "default"} <= set(TABLES)
-    assert set(tuning.FAMILIES.values()) <= set(TABLES)
+    assert {"sm_80", "sm_90", "sm_100", "default", "amd"} <= set(TABLES)
+    assert {*tuning.FAMILIES.values(), tuning.AMD} <= set(TABLES)
+
+
+def test_tables_of_amd_chips_name_nothing_that_their_compiler_does_not_know() -> None:
+    tables = [table for table in TABLES if table.startswith(("amd", "gfx"))]
+    assert tables
+    for table in tables:
+        assert tuning.measured(table) == {}
+        for kernel, by_bits in tuning.table(table).items():
+            for config in (config for sizes in by_bits.values() for config in sizes.values()):
+                assert len(config.entry) == 4, (table, kernel, config)
+                assert set(config.options) == {"num_warps", "num_stages"}
+                assert config.num_warps * 64 <= 1024, "threads of a program"
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -91,3 +104,28 @@ def test_a_device_takes_its_own_table_then_its_family_then_the_default(monkeypat
     tuning.table_for.cache_clear()
     assert tuning.table_for(torch.device("cuda:0")) == "nvidia-h200"
     tuning.table_for.cache_clear()
+
+
+def test_an_amd_device_takes_its_own_table_then_its_family_then_that_of_its_maker(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def table(arch: str) -> str:
+        found = SimpleNamespace(gcnArchName=arch)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        tuning.table_for.cache_clear()
+        name = tuning.table_for(torch.device("cuda:0"))
+        tuning.table_for.cache_clear()
+        return name
+
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "hip", "7.0.2")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI250X/MI250")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))  # gfx90a: not a Hopper
+    for arch in ("gfx90a:sramecc+:xnack-", "gfx942:sramecc+:xnack-", "gfx950", "gfx1201", ""):
+        assert table(arch) == "amd"
+    (tmp_path / "gfx942.json").write_text("{}")
+    assert table("gfx942:sramecc+:xnack-") == "gfx942"
+    assert table("gfx90a:sramecc+:xnack-") == "amd"
+    (tmp_path / "amd-instinct-mi250x-mi250.json").write_text("{}")
+    assert table("gfx942:sramecc+:xnack-") == "amd-instinct-mi250x-mi250"
+    assert tuning.table_for(torch.device("cpu")) == "default"

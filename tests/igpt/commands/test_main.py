@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
     rows = {(row["op"], row["device"], row["sizes"]): row for row in facts["kernels"]}
     assert {op for op, _, _ in rows} == set(backends.IMPLEMENTATIONS)
     row = rows["flash_attention", "cpu", "head_dim 16..320"]
-    assert row["auto"] == "torch (triton: device cpu is not one of cuda)"
+    assert row["auto"] == "torch (triton: device cpu is not one of cuda (NVIDIA or AMD GPUs))"
     assert row["dtypes"] == "float32, bfloat16, float16"
     assert "head_dim 320 is above 256" in rows["flash_attention", "cuda", "head_dim 320"]["auto"]
     assert main.main(["info"]) == 0
@@ -208,7 +209,7 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("cuda", "error", "wanted"),
     [
-        (None, None, "is built without CUDA; to use an NVIDIA GPU install another build"),
+        (None, None, "is built without CUDA; to use a GPU of NVIDIA or AMD install another build"),
         (
             "13.0",
             "Found no NVIDIA driver on your system.\nMore.",
@@ -237,6 +238,23 @@ def test_why_there_is_no_gpu(
     assert wanted in str(raised.value)
     with pytest.raises(ConfigError, match="device: meta is not there; this machine has cpu and 0 CUDA devices"):
         pick_device("meta")
+
+
+def test_info_on_amd_says_what_was_never_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0.2")
+    assert info_of_devices(capsys) == [f"cuda: none: torch {torch.__version__} for ROCm 7.0.2 sees no GPU"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = SimpleNamespace(name="AMD Instinct MI300X", major=9, minor=4, gcnArchName="gfx942:sramecc+", total_memory=192 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    state = "Triton kernels: compiled for gfx90a, gfx942, gfx950, not run"
+    assert info_of_devices(capsys) == [f"cuda:0: AMD Instinct MI300X, gfx942:sramecc+ ({state}), 192 GiB"]
+
+
+def info_of_devices(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What `igpt info` says of devices other than the CPU."""
+    assert main.main(["info", "--json"]) == 0
+    return [device for device in json.loads(capsys.readouterr().out)["devices"] if not device.startswith("cpu")]
 
 
 def test_leading_words_are_the_options_they_stand_for() -> None:

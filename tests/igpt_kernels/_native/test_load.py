@@ -203,6 +203,9 @@ def test_the_cuda_library_needs_a_torch_with_cuda(monkeypatch: pytest.MonkeyPatc
     status = load.status("cuda")
     assert not status.loaded
     assert status.reason == f"torch {torch.__version__} has no CUDA; install one that has"
+    load._statuses.clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0.2")
+    assert load.status("cuda").reason == f"the CUDA library is for NVIDIA GPUs, torch {torch.__version__} is for ROCm"
 
 
 @pytest.mark.usefixtures("no_library")
