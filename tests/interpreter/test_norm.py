@@ -222,7 +222,7 @@ def test_the_same_bits_in_every_run() -> None:
 
 
 def test_tables_list_tiles_that_hold_their_rows() -> None:
-    for table in ("default", "sm_80", "sm_90", "sm_100"):
+    for table in ("default", "sm_80", "sm_90", "sm_100", "amd"):
         for kernel in ("rms_norm_forward", "rms_norm_backward"):
             for bits in (16, 32):
                 for width in range(1, tuning.WIDEST + 1):
