@@ -61,7 +61,7 @@ TARGETS = {
     "sm_89": Target("default", 89, 99 << 10),
     "sm_90": Target("sm_90", 90, 227 << 10),
     "sm_100": Target("sm_100", 100, 227 << 10),
-    "sm_120": Target("default", 120, 99 << 10),
+    "sm_120": Target("sm_120", 120, 99 << 10),
     "gfx90a": Target("amd", "gfx90a", 64 << 10),
     "gfx942": Target("amd", "gfx942", 64 << 10),
     "gfx950": Target("amd", "gfx950", 160 << 10),

@@ -88,7 +88,7 @@ def test_a_problem_is_the_exit_code(
 
 
 # float32 of three tables, and for two of them sizes that are not of Image GPT, are left to `make audit`; so are sm_89 and
-# sm_120, which take the table of sm_86.
+# sm_120, which take the table of sm_86 (sm_120 but for three entries).
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chip", "options"),
