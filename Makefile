@@ -56,7 +56,7 @@ check: env ## Format, lint, types, spelling, words; imports point one way; commi
 	@$(BIN)/python -m pytest -q tests/test_imports.py tests/test_words.py tests/test_commits.py
 	@echo "format, lint, types, spelling, words, imports and commit messages are clean"
 
-audit: env ## Compile every shipped kernel configuration without a GPU: registers, spills, shared memory, tensor core instructions.
+audit: env ## Compile every shipped kernel configuration without a GPU: registers, spills, tensor core instructions, predicted speed on sm_90.
 	@$(BIN)/python -m tools.audit && $(BIN)/python -m tools.audit_cuda
 
 # Needs a compiler only. The flags of the build where they touch numbers, and every check of memory and of arithmetic.

@@ -3,9 +3,11 @@
 Each launcher runs with real arguments, but its kernels are only compiled, for a chip that need not be here. What is audited is
 what would be launched. A row fails on a spill (local memory); on more shared memory than the chip gives a program; on sm_90
 when a 16-bit product is no warpgroup MMA; or when ptxas made the products wait for each other
-(its warning C7515: then there are as many waits as products). Kernels that only move memory (norm, activation) fail where
-their loads and stores are not 16 bytes wide; or where fewer programs fit on a multiprocessor than are launched for it.
-On AMD chips a row fails on scratch memory, and where a 16-bit product has no matrix instruction (`tools.amdgcn`).
+(its warning C7515: then there are as many waits as products). `tools.speed` says what else costs time in their loops, and
+predicts a rate. Attention kernels are compiled for tensors that allow no wide load, too. Kernels that only move memory (norm,
+activation) fail where their loads and stores are not 16 bytes wide; or where fewer programs fit on a multiprocessor than are
+launched for it. On AMD chips a row fails on scratch memory, and where a 16-bit product has no matrix instruction
+(`tools.amdgcn`).
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from igpt_kernels import tuning
-from tools import amdgcn
-from tools.kernels import DTYPES, KERNELS, partner
+from tools import amdgcn, sass, speed
+from tools.kernels import DTYPES, HEAD_DIMS, KERNELS, partner
 
 
 class Target(NamedTuple):
@@ -103,6 +105,14 @@ class Row:
     problems: tuple[str, ...]
     accumulators: int = 0
     """AGPRs among the registers, on AMD chips."""
+    notes: tuple[str, ...] = ()
+    """What would be a problem, had no device timed this entry as the fastest."""
+    aligned: bool = True
+    """Whether the tensors allow loads of 16 bytes."""
+    predicted: float = 0.0
+    """TFLOP/s by the model of `tools.speed`; 0 where it has none."""
+    measured: float = 0.0
+    """TFLOP/s on a device; 0 where this configuration has no time."""
 
 
 class _Chip:
@@ -154,13 +164,16 @@ ROWS = 256
 """Rows or tokens of the tensors that launchers are called with: a multiple of 16, as sizes of images are."""
 
 
-def launch(kernel: str, size: int, dtype: torch.dtype, config: tuning.Config, other: tuning.Config) -> None:
+def launch(
+    kernel: str, size: int, dtype: torch.dtype, config: tuning.Config, other: tuning.Config, aligned: bool = True
+) -> None:
     """Call the launcher of a kernel on every form of inputs that is audited."""
     operation = KERNELS[kernel].operation
     for form in operation.audited_forms:
         if operation.name == "loss" and form and size > 64:
             continue  # rows that no load of 16 bytes fits take the smallest entry, whatever the number of classes
-        KERNELS[kernel].prepare(operation.inputs(size, ROWS, dtype, "cpu", form))(config, other)
+        inputs = operation.inputs(size, ROWS, dtype, "cpu", form)
+        KERNELS[kernel].prepare(inputs if aligned else speed.unaligned(inputs))(config, other)
 
 
 @functools.cache
@@ -198,15 +211,20 @@ def timed(table: str, kernel: str, size: int) -> bool:
     return bool(serving) and min(serving) in tuning.measured(table).get(kernel, ())
 
 
-def audit(chip: str, kernel: str, bits: int, size: int, config: tuning.Config | None = None) -> list[Row]:
-    """Compile one configuration (the table's, or `config`) for a chip and look at it; one row for each kernel launched."""
+def audit(
+    chip: str, kernel: str, bits: int, size: int, config: tuning.Config | None = None, *, aligned: bool = True
+) -> list[Row]:
+    """Compile one configuration (the table's, or `config`) for a chip and look at it; one row for each kernel launched.
+
+    Without `aligned` the tensors allow no wide load. Such kernels are slow and spill; they fail only where they cannot run.
+    """
     target, kind = TARGETS[chip], KERNELS[kernel].kind
     shipped = tuning.table(target.table)
     chosen = tuning.nearest(shipped, kernel, bits, size) if config is None else config
     other = tuning.nearest(shipped, partner(kernel), bits, size)
     # What else is launched makes the inputs, or is the partner of the kernel.
     with compile_only(chip, KERNELS[kernel].functions + KERNELS[kernel].compiled_only) as compiled:
-        launch(kernel, size, DTYPES[bits], chosen, other)
+        launch(kernel, size, DTYPES[bits], chosen, other, aligned)
     rows = []
     for short, result in {result.hash: (name, result) for name, result in compiled}.values():
         shared = int(result.metadata.shared)
@@ -230,6 +248,7 @@ def audit(chip: str, kernel: str, bits: int, size: int, config: tuning.Config | 
         spills, wgmma, mma, waits = (count(p) for p in (r"\b(?:STL|LDL)\b", r"\bHGMMA\.", r"\bHMMA\.", r"WARPGROUP\.DEPBAR"))
         wide = count(r"\b(?:LDG|STG)\.\S*\b128\b")
         narrow = count(r"\b(?:LDG|STG)\.") - wide
+        notes, seen = [], speed.Look()
         if spills > (SPILLS_ONCE if gluon else 2 if (chip, short, bits) in SPILLS_A_WORD else 0):
             problems.append("spills")
         if product and chip == "sm_90" and (kernel, size) not in WITHOUT_WGMMA:
@@ -237,13 +256,25 @@ def audit(chip: str, kernel: str, bits: int, size: int, config: tuning.Config | 
                 problems.append("no WGMMA")
             elif waits >= wgmma:
                 problems.append("WGMMA serialised")
+            if wgmma and aligned:
+                code = sass.read(disassemble(result.asm["cubin"]))
+                if gluon:
+                    problems += speed.clobbered(code)
+                else:
+                    seen = speed.look(code, kernel, size, chosen, registers, shared)
+                    problems += seen.problems
         if mover:
             problems += mover_problems(short, chosen, registers, wide, narrow)
-        if bits == 16 and timed(target.table, kernel, size) and config is None:
-            problems = [problem for problem in problems if "shared memory" in problem]  # a spill is a guess, a time is not
+        if not aligned or (bits == 16 and timed(target.table, kernel, size) and config is None):
+            # A spill is a guess, a time is not.
+            notes = [problem for problem in problems if not problem.endswith(ALWAYS)]
+            problems = [problem for problem in problems if problem not in notes]
         rows.append(
-            Row(chip, short, bits, size, sizes, registers, spills, shared, wgmma, mma, waits, wide, narrow, tuple(problems))
-        )
+            Row(
+                chip, short, bits, size, sizes, registers, spills, shared, wgmma, mma, waits, wide, narrow, tuple(problems),
+                0, tuple(notes), aligned, seen.predicted, seen.measured,
+            )
+        )  # fmt: skip
     return rows
 
 
@@ -272,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("chips", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is named")
     parser.add_argument("--bits", nargs="+", type=int, choices=[16, 32], default=[16, 32], help="of the values; both")
     parser.add_argument("--models", action="store_true", help="only at the sizes of Image GPT")
+    parser.add_argument("--aligned", action="store_true", help="leave out tensors that allow no wide load")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     options = parser.parse_args(arguments)
     for chip in options.chips:
@@ -283,8 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{'chip':8} {'kernel':24} bits size {'config':>15} regs AGPR spills shared WGMMA   MMA waits wide narrow  verdict"
         )
     failed = total = 0
-    for case in shipped_cases(options.chips, options.bits, models=options.models):
-        for row in audit(*case):
+    rows = []
+    cases = [(case, True) for case in shipped_cases(options.chips, options.bits, models=options.models)]
+    if "sm_90" in options.chips and 16 in options.bits and not options.aligned:
+        cases += [(("sm_90", kernel, 16, HEAD_DIMS[0]), False) for kernel in speed.ATTENTION]
+    for case, aligned in cases:
+        for row in audit(*case, aligned=aligned):
+            rows.append(row)
             total += 1
             failed += bool(row.problems)
             if options.json:
@@ -295,10 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row.chip:8} {row.kernel:24} {row.bits:>4} {row.size:>4} {config:>15} "
                 f"{row.registers:>4} {row.accumulators:>4} {row.spills:>6} {row.shared:>6} "
                 f"{row.wgmma:>5} {row.mma:>5} {row.waits:>5} {row.wide:>4} {row.narrow:>6}  "
-                f"{'; '.join(row.problems) or 'ok'}",
+                f"{'; '.join(row.problems) or 'ok'}{'' if aligned else ', unaligned'}"
+                f"{' (timed, yet: ' * bool(row.notes and aligned)}{' (' * bool(row.notes and not aligned)}"
+                f"{'; '.join(row.notes)}{')' * bool(row.notes)}",
                 flush=True,
             )
     if not options.json:
+        print("\n".join(speed.lines([row for row in rows if row.chip == "sm_90" and row.bits == 16])))
         print(f"{total - failed} of {total} kernels are as they should be")
     return 1 if failed else 0
 

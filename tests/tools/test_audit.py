@@ -24,11 +24,11 @@ AMD = [chip for chip, target in audit.TARGETS.items() if target.table == tuning.
 
 @pytest.fixture
 def cases(monkeypatch: pytest.MonkeyPatch) -> Cases:
-    """What would be compiled, and nothing is."""
+    """What would be compiled, and nothing is; bits below 0 stand for tensors that allow no wide load."""
     seen: Cases = []
 
-    def note(*case: Any) -> list[audit.Row]:
-        seen.append(case)
+    def note(*case: Any, aligned: bool) -> list[audit.Row]:
+        seen.append(case if aligned else (*case[:2], -case[2], case[3]))
         return []
 
     monkeypatch.setattr(audit, "audit", note)
@@ -47,14 +47,19 @@ def test_options_say_which_configurations_are_compiled(cases: Cases) -> None:
         }
         return [(chip, kernel, bits, size) for (chip, kernel), found in sizes.items() for size in found]
 
+    unaligned = [("sm_90", kernel, -16, 64) for kernel in KERNELS if kernel.startswith(("flash", "sparse", "decode"))]
     assert audit.main(["--json", "--models", "--bits", "16", "--", "sm_90"]) == 0
+    assert sorted(cases) == sorted(listed(16, True, False, "sm_90") + unaligned)
+    cases.clear()
+    assert audit.main(["--json", "--models", "--aligned", "--bits", "16", "--", "sm_90"]) == 0
     assert sorted(cases) == sorted(listed(16, True, False, "sm_90"))
     cases.clear()
     assert audit.main(["sm_80", "sm_120", "gfx942", "--json", "--bits", "32"]) == 0
     assert sorted(cases) == sorted(listed(32, True, True, "sm_80", "sm_120", "gfx942"))
     cases.clear()
     assert audit.main(["--json"]) == 0
-    assert sorted(cases) == sorted(case for bits in (16, 32) for case in listed(bits, True, True, *audit.TARGETS))
+    both = [case for bits in (16, 32) for case in listed(bits, True, True, *audit.TARGETS)]
+    assert sorted(cases) == sorted(both + unaligned)
 
 
 def test_every_shipped_table_is_audited_on_a_chip() -> None:
@@ -81,7 +86,7 @@ def test_a_problem_is_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problems: tuple[str, ...]
 ) -> None:
     row = audit.Row("sm_90", "decode", 16, 64, (1, 16, 4, 2), 40, 0, 1024, 0, 0, 0, 8, 0, problems)
-    monkeypatch.setattr(audit, "audit", lambda *case: [row])
+    monkeypatch.setattr(audit, "audit", lambda *case, aligned: [row])
     assert audit.main(["sm_90", "--json"]) == (1 if problems else 0)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {tuple(row["problems"]) for row in rows} == {problems}
@@ -94,7 +99,7 @@ def test_a_problem_is_the_exit_code(
     ("chip", "options"),
     [
         ("sm_80", ["--bits", "16", "--models"]),
-        ("sm_90", ["--bits", "16"]),
+        ("sm_90", ["--bits", "16", "--aligned"]),
         ("sm_100", ["--bits", "16", "--models"]),
         ("sm_86", []),
     ],
@@ -121,6 +126,9 @@ def test_audit_finds_nothing(chip: str, options: list[str]) -> None:
             row for row in rows if row["bits"] == 16 and KERNELS.get(row["kernel"], KERNELS["decode"]).kind == "product"
         ]
         assert {(row["kernel"], row["size"]) for row in products if not row["wgmma"]} <= {("sparse_backward_keys", 256)}
+        rated = {(row["kernel"], row["size"]) for row in products if row["predicted"] and row["measured"]}
+        assert len(rated) >= 18, "of six kernels and three head dims of Image GPT at least"
+        assert all(row["notes"] == [] or audit.timed("sm_90", row["kernel"], row["size"]) for row in products)
 
 
 @pytest.mark.slow
@@ -156,6 +164,20 @@ def test_audit_sees_what_it_looks_for() -> None:
         assert any("shared memory" in problem for problem in large[0].problems), large
         serial = audit.audit("sm_90", "flash_forward", 16, 192, Config(128, 64, 8, 2))
         assert "WGMMA serialised" in serial[0].problems, serial
+        assert "20 waits for 3 products" in serial[0].problems, serial
+        exposed = audit.audit("sm_90", "flash_forward", 16, 64, Config(128, 64, 8, 2))
+        assert exposed[0].problems == ("loads are waited for with no product in between",), exposed
+        narrow = audit.audit("sm_90", "flash_forward", 16, 64, Config(64, 64, 8, 3))
+        assert "products of 32 columns" in narrow[0].problems, narrow
+        good = audit.audit("sm_90", "flash_forward", 16, 64)
+        assert not good[0].problems and not good[0].notes and good[0].measured, good
+        assert abs(good[0].predicted / good[0].measured - 1) < 0.2 and exposed[0].predicted < good[0].predicted / 1.5
+        scalar = audit.audit("sm_90", "flash_forward", 16, 64, aligned=False)
+        assert not scalar[0].problems and not scalar[0].aligned and scalar[0].narrow > 64, scalar
+        assert scalar[0].registers > good[0].registers, scalar
+        audit.TARGETS["sm_90"] = (90, 1 << 10)
+        tight = audit.audit("sm_90", "flash_forward", 16, 64, aligned=False)
+        assert "the chip has 1024" in tight[0].problems[0], tight
         odd = audit.audit("sm_90", "rms_norm_forward", 16, 1001)
         assert all("narrow" in row.problems[0] for row in odd), odd
         crowd = audit.audit("sm_90", "rms_norm_backward", 16, 512, Config(8, 512, 4, 9))
