@@ -76,6 +76,8 @@ SPILLS_A_WORD = {("sm_100", "flash_delta", 32)}
 """ptxas 12.8 stores and loads one word there at 72 registers, with 255 to be had; the kernel is bound by memory."""
 SPILLS_ONCE = 12
 """Spills allowed in a kernel of warpgroups with code of their own: ptxas keeps four words at its start for each of them."""
+ALWAYS = ("shared memory", speed.OVERWRITTEN)
+"""In problems that no time on a device outweighs: the kernel would not run, or would be wrong."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -258,16 +260,13 @@ def audit(
                 problems.append("WGMMA serialised")
             if wgmma and aligned:
                 code = sass.read(disassemble(result.asm["cubin"]))
-                if gluon:
-                    problems += speed.clobbered(code)
-                else:
-                    seen = speed.look(code, kernel, size, chosen, registers, shared)
-                    problems += seen.problems
+                seen = speed.look(code, kernel, size, chosen, registers, shared)
+                problems += seen.problems
         if mover:
             problems += mover_problems(short, chosen, registers, wide, narrow)
         if not aligned or (bits == 16 and timed(target.table, kernel, size) and config is None):
             # A spill is a guess, a time is not.
-            notes = [problem for problem in problems if not problem.endswith(ALWAYS)]
+            notes = [problem for problem in problems if not any(always in problem for always in ALWAYS)]
             problems = [problem for problem in problems if problem not in notes]
         rows.append(
             Row(

@@ -65,14 +65,14 @@ def compiled_cost(variant: Variant) -> speed.Cost | None:
     """Compile one variant and run the model on its hot loop; None where it has no loop of warpgroup products."""
     kernel, head_dim, config = variant
     inputs = KERNELS[kernel].operation.inputs(head_dim, ROWS, torch.bfloat16, "cpu", 0)
-    with compile_only(90) as compiled:
+    with compile_only("sm_90") as compiled:
         call = KERNELS[kernel].prepare(inputs)
         if KERNELS[kernel].backward:
             with only(kernel, torch.empty(inputs.tensors[0].shape[:3])):  # type: ignore[union-attr]
                 call(config, None)
         else:
             call(config, None)
-    result = next(result for name, result in reversed(compiled) if name == f"_{kernel}_kernel")
+    result = next(result for name, result in reversed(compiled) if name == kernel)
     loop = hot_loop(read(disassemble(result.asm["cubin"])))
     return speed.cost(loop, inspect(result)[0], int(result.metadata.shared), config.num_warps) if loop else None
 

@@ -96,6 +96,25 @@ class Instruction:
         return self.operands[1].startswith("gdesc")
 
     @property
+    def left(self) -> range:
+        """Registers that hold the left operand of a warpgroup product; empty where it lies in shared memory."""
+        found = re.match(r"R(\d+)", self.operands[1]) if self.columns else None
+        return range(int(found[1]), int(found[1]) + 4) if found else range(0)
+
+    @property
+    def written(self) -> range:
+        """Registers that an instruction writes, results of products left out; empty for one that writes none or predicates."""
+        if self.pipe in ("control", "tensor") or self.opcode.startswith(("ST", "RED", "UTMA", "SYNCS", "LDGSTS")):
+            return range(0)
+        place = 1 if self.opcode.startswith("SHFL") else 0
+        found = re.match(r"R(\d+)", self.operands[place]) if len(self.operands) > place else None
+        if found is None:
+            return range(0)
+        many = re.search(r"\.M88\.([24])", self.opcode)
+        count = int(many[1]) if many else 2 if "WIDE" in self.opcode else self.bits // 32
+        return range(int(found[1]), int(found[1]) + count)
+
+    @property
     def bits(self) -> int:
         """Width of a load or store of one thread, bits."""
         found = re.search(r"\.(64|128)\b", self.opcode)
@@ -178,6 +197,19 @@ def path(loop: Sequence[Instruction], jump: bool = False) -> list[Instruction]:
 def pipes(instructions: Sequence[Instruction]) -> Counter[str]:
     """How many instructions each pipe gets."""
     return Counter(one.pipe for one in instructions)
+
+
+def overwritten(loop: Sequence[Instruction]) -> set[int]:
+    """Registers of left operands that a loop reads before it writes them, and does write.
+
+    Its next iteration multiplies by what lies there then. In a loop that carries no left operand, such a kernel is wrong.
+    """
+    fresh: set[int] = set()
+    before: set[int] = set()
+    for one in loop:
+        before |= set(one.left) - fresh
+        fresh |= set(one.written)
+    return before & fresh
 
 
 def products(instructions: Sequence[Instruction]) -> list[list[Instruction]]:

@@ -22,8 +22,9 @@ from igpt_kernels.tuning import Config
 from tools.cycles import iteration_cycles, resident
 from tools.kernel_plan import HEADS, PRODUCTS, RADII, SIDE, SPARSE_HEADS, TOKENS
 from tools.kernels import HEAD_DIMS, KERNELS, Inputs
-from tools.sass import Instruction, hot_loop, path, products
+from tools.sass import Instruction, hot_loop, overwritten, path, products
 
+OVERWRITTEN = "the loop writes over operands in registers"
 CALIBRATION = Path(__file__).with_name("calibration.json")
 MULTIPROCESSORS = 132
 """Of an H100 or H200, SXM."""
@@ -246,6 +247,8 @@ def look(instructions: Sequence[Instruction], kernel: str, size: int, config: Co
         return Look(("no loop of warpgroup products",))
     heads = kernel in ATTENTION
     found = tuple(problems(loop, size, heads))
+    if not config.gluon and overwritten(loop):  # the loop in Gluon carries the weights of the tile before
+        found = (*found, OVERWRITTEN)
     if not heads or config.gluon:
         return Look(found)  # a kernel whose warps have different tasks is beyond the model
     rate = predict(kernel, size, config, cost(loop, registers, shared, config.num_warps))
@@ -291,7 +294,8 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         f"\nsm_90, 16 bits, TFLOP/s: predicted by a model of the machine code, ±{error['dense']['p80']:.0%} dense and "
         f"±{error['sparse']['p80']:.0%} sparse ({error['share']:.0%} of the rows that its fit has not seen);"
     )
-    yield f"measured on {calibration()['device']}. {TOKENS:,} tokens: causal, or a window of radius {RADII[0]} where sparse"
+    yield f"measured on {calibration()['device']} with Triton {calibration()['triton']}."
+    yield f"{TOKENS:,} tokens: causal, or a window of radius {RADII[0]} on {SIDE} x {SIDE} pixels where sparse."
     yield f"{'kernel':24} {'size':>4} {'config':>15} {'predicted':>12} {'measured':>9}  published (causal, not measured here)"
     for (kernel, size), row in chosen.items():
         config, bar = ",".join(map(str, row.config)), row.predicted * error[family(kernel)]["p80"]
