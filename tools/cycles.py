@@ -4,8 +4,8 @@ A quarter of the multiprocessor is followed instruction by instruction: the othe
 instruction a cycle. What the assembler wrote into the control bits holds: stalls, scoreboards. Pipes take one instruction at
 a time, for the cycles listed below. The tensor core takes products in the order of their issue. Copies into shared memory
 come back after a latency, or when the bandwidth allows. Barriers join the warps of a program. Programs that share the
-multiprocessor take part all at once. Caches, bank conflicts and power are not modelled; a clock and a cost
-of each program stand for what is left out: `tools.calibrate` fits both on measured rows.
+multiprocessor take part all at once. Caches, bank conflicts, power and waits for copies of descriptors (TMA) are not
+modelled. A clock and a cost of each program stand for the rest: `tools.calibrate` fits both on measured rows.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ at the head dims of Image GPT take 21 to 29 % (Triton 3.6.0, timed entries); a f
 exponential have little else in their loop: the loss takes 60 to 68 % beside four products, and is not judged."""
 ATTENTION = [name for name, kernel in KERNELS.items() if kernel.operation.sizes == HEAD_DIMS]
 """Kernels that take q, k and v of any strides."""
+EXPOSED = "loads are waited for with no product in between"
 PUBLISHED = {
     ("forward", 64): "FA3 473, cuDNN 388 (Shah et al. 2024, figure 5); FlexAttention 340 (pytorch PR 137036)",
     ("forward", 128): "FA3 616, cuDNN 539 (Shah et al. 2024, figure 5); cuDNN 9.19 on H200 673 (cudnn-frontend, 8 key heads)",
@@ -100,7 +101,7 @@ def problems(loop: Sequence[Instruction], size: int, heads: bool = True) -> list
     if waited > distinct:
         found.append(f"{waited} waits for {distinct} products")
     if exposed(loop):
-        found.append("loads are waited for with no product in between")
+        found.append(EXPOSED)
     narrow = min(one.columns for one in loop if one.columns)
     if narrow < (narrowest(size) if heads else 64):
         found.append(f"products of {narrow} columns")
@@ -249,8 +250,14 @@ def look(instructions: Sequence[Instruction], kernel: str, size: int, config: Co
     found = tuple(problems(loop, size, heads))
     if not config.gluon and overwritten(loop):  # the loop in Gluon carries the weights of the tile before
         found = (*found, OVERWRITTEN)
-    if not heads or config.gluon:
-        return Look(found)  # a kernel whose warps have different tasks is beyond the model
+    if config.num_stages < 3 and any(one.opcode.startswith("UTMALDG") for one in loop):
+        # The copy of a descriptor is waited for by the parity of a barrier, which the code does not show. With two tiles in
+        # memory it can only be issued when the products are done. On an H100: 294 to 461 TFLOP/s, modelled 19 to 30 % too fast.
+        found = (*found, EXPOSED)
+    if not heads:
+        return Look(found)
+    if config.gluon or config.descriptors:  # beyond the model: warps of different tasks, copies that the code does not time
+        return Look(found, 0.0, measured(kernel, size, config))
     rate = predict(kernel, size, config, cost(loop, registers, shared, config.num_warps))
     return Look(found, round(rate, 1), measured(kernel, size, config))
 
@@ -286,7 +293,7 @@ def both(keys: float, queries: float) -> float:
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     """The second table of the audit: predicted beside measured and published TFLOP/s at the head dims of Image GPT."""
-    chosen = {(row.kernel, row.size): row for row in rows if row.predicted and row.size in HEAD_DIMS}
+    chosen = {(row.kernel, row.size): row for row in rows if (row.predicted or row.measured) and row.size in HEAD_DIMS}
     if not chosen:
         return
     error = calibration()["error"]
@@ -300,12 +307,13 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     for (kernel, size), row in chosen.items():
         config, bar = ",".join(map(str, row.config)), row.predicted * error[family(kernel)]["p80"]
         said = PUBLISHED.get(("forward", size), "") if kernel == "flash_forward" else ""
-        yield f"{kernel:24} {size:>4} {config:>15} {row.predicted:>6.0f} ± {bar:>3.0f} {row.measured or '':>9}  {said}".rstrip()
+        guess = f"{row.predicted:>6.0f} ± {bar:>3.0f}" if row.predicted else ""
+        yield f"{kernel:24} {size:>4} {config:>15} {guess:>12} {row.measured or '':>9}  {said}".rstrip()
     for size in HEAD_DIMS:
         pair = [chosen.get((f"flash_backward_{one}", size)) for one in ("keys", "queries")]
         if pair[0] and pair[1]:
             guess = both(pair[0].predicted, pair[1].predicted)
             true = both(pair[0].measured, pair[1].measured)
             bar, said = guess * error["dense"]["p80"], PUBLISHED.get(("backward", size), "")
-            shown = f"{true:.0f}" if true else ""
-            yield f"{'both, as 5 products':24} {size:>4} {'':>15} {guess:>6.0f} ± {bar:>3.0f} {shown:>9}  {said}".rstrip()
+            shown, rate = f"{true:.0f}" if true else "", f"{guess:>6.0f} ± {bar:>3.0f}" if guess else ""
+            yield f"{'both, as 5 products':24} {size:>4} {'':>15} {rate:>12} {shown:>9}  {said}".rstrip()

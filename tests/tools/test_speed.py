@@ -140,6 +140,14 @@ def test_kernels_without_a_rate() -> None:
     assert speed.look(code[:3], "flash_forward", 64, config, 121, 65536).problems == ("no loop of warpgroup products",)
 
 
+def test_two_stages_of_descriptors_are_exposed() -> None:
+    code = loop("UTMALDG.4D [UR8], [UR4]", FIRST, MORE, wait(0), *FLOAT)
+    two, three = (speed.look(code, "flash_forward", 64, Config(128, 64, 8, s, descriptors=True), 128, 65536) for s in (2, 3))
+    assert two == speed.Look((speed.EXPOSED,)), "and no rate: the model does not wait for them"
+    assert three.problems == ()
+    assert three.predicted > 0
+
+
 @dataclass(frozen=True)
 class Row:
     """What the second table needs."""
