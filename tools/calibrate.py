@@ -87,7 +87,7 @@ def compiled_cost(variant: Variant) -> speed.Cost | None:
 
 def rows_of(timed: Mapping[Variant, Mapping[str, Sequence[tuple[float, float]]]]) -> Iterator[Row]:
     """One row for each variant and layout, the mean of its times."""
-    for (kernel, head_dim, config), layouts in sorted(timed.items(), key=lambda item: (*item[0][:2], item[0][2].entry)):
+    for (kernel, head_dim, config), layouts in sorted(timed.items(), key=lambda item: (*item[0][:2], str(item[0][2]))):
         # What descriptors copy is beyond the model, and so are warps of different tasks: rows with a time, and 0 cycles.
         beyond = config.descriptors or config.gluon
         cost = speed.Cost(0, 0.0, 0.0) if beyond else compiled_cost((kernel, head_dim, config))
@@ -163,9 +163,10 @@ def errors(rows: Sequence[Row], clocks: Mapping[str, float], start: float) -> di
 
 def write(path: Path, rows: Sequence[Row], clocks: Mapping[str, float], start: float) -> None:
     """The calibration as JSON, one row a line."""
+    modelled = [row for row in rows if row["cycles"]]
     head = {
-        "device": "NVIDIA H100 80GB HBM3 (benchmarks/results/nvidia-h100-80gb-hbm3)",
-        "triton": TRITON, "clock_ghz": clocks, "start_cycles": start, "error": errors([row for row in rows if row["cycles"]], clocks, start),
+        "device": "NVIDIA H100 80GB HBM3 (benchmarks/results/nvidia-h100-80gb-hbm3)", "triton": TRITON, "clock_ghz": clocks,
+        "start_cycles": start, "error": errors(modelled, clocks, start),
     }  # fmt: skip
     body = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{body}\n]}}\n', encoding="utf-8")

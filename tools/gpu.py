@@ -1,10 +1,11 @@
 """What a GPU has to prove: ``make gpu`` (under six minutes) and ``make gpu PARTS="build bench summary"`` (under five).
 
 Parts, each with a limit on its time: `build` (the extension in place; beside it every variant of `tools.kernel_plan` compiled
-and checked); `plan` (those variants timed); `tests` (marked gpu); `sanitizer` (compute-sanitizer on small calls of every
-kernel); `bench` (the quick benchmarks); `summary` (targets beside what was measured). A part that fails or runs out of time
-costs that part. Everything goes to ``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json,
-a log for each part, plan.jsonl, results.jsonl.
+and checked); `plan` (those variants timed); `adopt` (the fastest as the device's own table, which the next parts run with);
+`tests` (marked gpu); `sanitizer` (compute-sanitizer on small calls of every kernel); `bench` (the quick benchmarks); `summary`
+(targets beside what was measured). A part that fails or runs out of time costs that part. Everything goes to
+``benchmarks/results/<device>/<date>-<revision>/``: environment.json, report.json, a log for each part, plan.jsonl,
+results.jsonl.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def parts(folder: Path) -> list[Part]:
     build = (python, "setup.py", "-q", "build_ext", "--inplace")
     return [
         Part("build", (build, (*plan, "check", *out, "--seconds", "95")), 0.30, together=True),
-        Part("plan", ((*plan, "time", *out),), 0.28),
+        Part("plan", ((*plan, "time", *out),), 0.26),
+        Part("adopt", ((python, "-m", "tools.adopt", str(folder / "plan.jsonl")),), 0.02),
         Part(
             "tests",
             (

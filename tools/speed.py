@@ -307,8 +307,8 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     for (kernel, size), row in chosen.items():
         config, bar = ",".join(map(str, row.config)), row.predicted * error[family(kernel)]["p80"]
         said = PUBLISHED.get(("forward", size), "") if kernel == "flash_forward" else ""
-        guess = f"{row.predicted:>6.0f} ± {bar:>3.0f}" if row.predicted else ""
-        yield f"{kernel:24} {size:>4} {config:>15} {guess:>12} {row.measured or '':>9}  {said}".rstrip()
+        estimate = f"{row.predicted:>6.0f} ± {bar:>3.0f}" if row.predicted else ""
+        yield f"{kernel:24} {size:>4} {config:>15} {estimate:>12} {row.measured or '':>9}  {said}".rstrip()
     for size in HEAD_DIMS:
         pair = [chosen.get((f"flash_backward_{one}", size)) for one in ("keys", "queries")]
         if pair[0] and pair[1]:

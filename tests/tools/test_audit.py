@@ -156,7 +156,8 @@ def test_audit_finds_nothing_on_amd_chips() -> None:
 @pytest.mark.slow
 def test_audit_sees_what_it_looks_for() -> None:
     code = """
-        from tools import audit
+        from tools import audit, speed
+        from igpt_kernels._triton import sparse_forward
         from igpt_kernels.tuning import Config
         spilled = audit.audit("sm_90", "flash_backward_keys", 16, 128, Config(128, 128, 8, 2))
         assert "spills" in {row.kernel: row.problems for row in spilled}["flash_backward_keys"], spilled
@@ -187,6 +188,9 @@ def test_audit_sees_what_it_looks_for() -> None:
         for chip, fits in (("gfx942", False), ("gfx950", True)):
             (row,) = audit.audit(chip, "cross_entropy_forward", 16, 512, large)[:1]
             assert (row.shared <= audit.TARGETS[chip].shared) == fits == (not row.problems), row
+        sparse_forward.takes_own_box = lambda head_dim: True  # what was wrong on an H100; see takes_own_box
+        (wrong, _) = audit.audit("sm_90", "sparse_forward", 16, 64)
+        assert wrong.problems == (speed.OVERWRITTEN,), wrong
         audit.TARGETS["sm_90"] = audit.Target("sm_90", 90, 1 << 10)
         tight = audit.audit("sm_90", "flash_forward", 16, 64, aligned=False)
         assert "the chip has 1024" in tight[0].problems[0], tight

@@ -71,12 +71,12 @@ def test_time_that_is_left_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.
 
 def test_parts_together_fit_the_time_and_name_what_there_is(tmp_path: Path) -> None:
     every = gpu.parts(tmp_path)
-    assert [one.name for one in every] == ["build", "plan", "tests", "sanitizer", "bench", "summary"]
+    assert [one.name for one in every] == ["build", "plan", "adopt", "tests", "sanitizer", "bench", "summary"]
     shares = {one.name: one.share for one in every}
     assert shares["bench"] + shares["summary"] <= 1.0
     assert sum(shares.values()) - shares["bench"] - shares["summary"] <= 1.1
     assert torch.cuda.is_available() or gpu.main(["--parts", "build"]) == 2
-    tests = [word for word in every[2].commands[0] if word.endswith(".py")]
+    tests = [word for word in every[3].commands[0] if word.endswith(".py")]
     marked = {
         str(path.relative_to(gpu.ROOT)) for path in (gpu.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
     }

@@ -124,8 +124,9 @@ def test_time_and_rate() -> None:
 
 
 def test_measured_rates_are_found_by_configuration() -> None:
-    assert speed.measured("flash_forward", 64, Config(128, 64, 8, 3)) == pytest.approx(461.9, abs=1)
-    assert speed.measured("sparse_forward", 64, Config(64, 64, 4, 2)) == pytest.approx(57, abs=2), "radius 7, not 15"
+    assert speed.measured("flash_forward", 64, Config(128, 64, 8, 3)) == pytest.approx(462, abs=2)
+    assert speed.measured("sparse_forward", 64, Config(64, 64, 4, 2)) == pytest.approx(60, abs=2), "radius 7, not 15"
+    assert speed.measured("sparse_forward", 64, Config(64, 64, 4, 2, descriptors=True)) == pytest.approx(75, abs=2)
     assert speed.measured("flash_forward", 64, Config(128, 64, 8, 3, descriptors=True)) == 0
     assert speed.both(8.0, 6.0) == 5
     assert speed.both(8.0, 0.0) == 0
@@ -135,7 +136,7 @@ def test_kernels_without_a_rate() -> None:
     code = sass.read((LOOPS / "flash_forward_64.sass").read_text(encoding="utf-8"))
     config = Config(128, 64, 8, 3)
     assert speed.look(code, "flash_forward", 64, config, 121, 65536).predicted == pytest.approx(450, rel=0.1)
-    assert speed.look(code, "flash_forward", 64, Config(128, 64, 8, 3, gluon=True), 121, 65536).predicted == 0
+    assert speed.look(code, "flash_forward", 64, Config(128, 64, 4, 3, gluon=True), 121, 65536).predicted == 0
     assert speed.look(code, "cross_entropy_forward", 64, config, 121, 65536) == speed.Look()
     assert speed.look(code[:3], "flash_forward", 64, config, 121, 65536).problems == ("no loop of warpgroup products",)
 
@@ -143,9 +144,20 @@ def test_kernels_without_a_rate() -> None:
 def test_two_stages_of_descriptors_are_exposed() -> None:
     code = loop("UTMALDG.4D [UR8], [UR4]", FIRST, MORE, wait(0), *FLOAT)
     two, three = (speed.look(code, "flash_forward", 64, Config(128, 64, 8, s, descriptors=True), 128, 65536) for s in (2, 3))
-    assert two == speed.Look((speed.EXPOSED,)), "and no rate: the model does not wait for them"
-    assert three.problems == ()
-    assert three.predicted > 0
+    assert two == speed.Look((speed.EXPOSED,))
+    assert three == speed.Look(), "no rate: the model does not time what a descriptor copies"
+
+
+def test_operands_that_a_loop_writes_over() -> None:
+    product = "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0"
+    for written, wrong in (("FADD R90, R1, R2", True), ("FADD R92, R1, R2", False), ("LDS.128 R88, [R1]", True)):
+        code = loop(product, wait(0), *FLOAT, written)
+        assert (speed.OVERWRITTEN in speed.look(code, "flash_forward", 64, Config(128, 64, 8, 3), 128, 65536).problems) == wrong
+    fresh = loop(
+        "F2FP.BF16.F32.PACK_AB R88, R1, R2", "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0", wait(0), *FLOAT
+    )
+    found = speed.look(fresh, "flash_forward", 64, Config(128, 64, 8, 3), 128, 65536).problems
+    assert speed.OVERWRITTEN not in found, "written before it is read"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""Winners of timed variants become a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_kernels import tuning
+from igpt_kernels.tuning import Config
+from tools import adopt
+
+SHIPPED = tuning.nearest(tuning.table("sm_90"), "sparse_forward", 16, 64)
+OTHER = Config(64, 16, 4, 3, whole_head=True)
+
+
+def row(config: Config, layout: str, ms: float, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": "time",
+        "kernel": "sparse_forward",
+        "head_dim": 64,
+        **vars(config),
+        "layout": layout,
+        "median_ms": ms,
+        **more,
+    }
+
+
+def plan(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    return path
+
+
+def test_the_fastest_over_all_layouts_wins(tmp_path: Path) -> None:
+    rows = [row(SHIPPED, "a", 1.0), row(SHIPPED, "b", 2.0), row(OTHER, "a", 1.2), row(OTHER, "b", 1.5)]
+    times = adopt.timed([plan(tmp_path / "one", *rows, {"kind": "machine"})])
+    assert times == {("sparse_forward", 64): {SHIPPED: 2.0, OTHER: pytest.approx(1.8)}}
+    made = adopt.table("sm_90", times, "a chip")
+    assert made["kernels"]["sparse_forward"]["16"]["64"] == [64, 16, 4, 3, "whole_head"]
+    assert made["kernels"]["decode"]["16"]["64"] == tuning.table("sm_90")["decode"]["16"]["64"].entry
+    assert made["measured"]["device"] == "a chip"
+    assert 64 in made["measured"]["kernels"]["sparse_forward"]
+
+
+def test_what_ships_stays_within_the_spread_and_half_a_time_is_none(tmp_path: Path) -> None:
+    close = [row(SHIPPED, "a", 1.0), row(OTHER, "a", 0.985)]
+    assert adopt.winner(adopt.timed([plan(tmp_path / "two", *close)])["sparse_forward", 64], SHIPPED) == SHIPPED
+    half = [row(SHIPPED, "a", 1.0), row(SHIPPED, "b", 1.0), row(OTHER, "a", 0.1)]
+    assert OTHER not in adopt.timed([plan(tmp_path / "three", *half)])["sparse_forward", 64]
+    assert adopt.winner({OTHER: 1.0}, SHIPPED) == OTHER, "what was not timed does not stay"
+
+
+def test_the_command_writes_a_table_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = plan(tmp_path / "four", row(SHIPPED, "a", 1.0), row(OTHER, "a", 0.5), row(OTHER, "a", 0.6))
+    assert adopt.main([str(path), "--device", "Some Chip", "--table", "sm_90", "--out", str(tmp_path / "some-chip.json")]) == 0
+    assert "0.50 of its time" in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    assert tuning.table("some-chip")["sparse_forward"]["16"]["64"] == OTHER
+    assert tuning.measured("some-chip")["sparse_forward"] >= {64}
+    assert adopt.main([str(plan(tmp_path / "none", {"kind": "machine"}))]) == 2
