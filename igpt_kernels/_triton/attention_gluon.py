@@ -97,10 +97,9 @@ def softmax(s, m, l, limit, cols, scale_log2, MASKED: gl.constexpr):  # noqa: E7
 
 @gluon.jit
 def step(
-    q, k_tiles, v_tiles, k_full, k_free, v_full, v_free, turns, weights, acc, m, l, limit, cols, scale_log2,  # noqa: E741
-    stage, phase, turn,
-    RANK: gl.constexpr, HD: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    ORDERED: gl.constexpr, MASKED: gl.constexpr,
+    q, k_tiles, v_tiles, k_full, k_free, v_full, v_free, weights, acc, m, l, limit, cols, scale_log2,  # noqa: E741
+    stage, phase,
+    HD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys: its scores and softmax, and the values of the tile before, whose `weights` are known."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -109,14 +108,9 @@ def step(
     zero = gl.zeros([64, BN], gl.float32, SCORES)
     next_stage, next_phase = following(stage, phase, STAGES)
     mbarrier.wait(k_full.index(next_stage), next_phase)
-    if ORDERED:
-        # Groups start their products in turns, so that one takes its softmax while another multiplies.
-        mbarrier.wait(turns.index(RANK), turn ^ 1 if RANK == 0 else turn)
     k = k_tiles.index(next_stage).reshape((BN, HD)).permute((1, 0))
     scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
     product = warpgroup_mma(weights, v_tiles.index(stage).reshape((BN, HD)), acc, is_async=True)
-    if ORDERED:
-        mbarrier.arrive(turns.index((RANK + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_free.index(next_stage), count=1)
     p, m, l, shrink = softmax(s, m, l, limit, cols, scale_log2, MASKED)  # noqa: E741
@@ -127,15 +121,14 @@ def step(
     acc = warpgroup_mma_wait(0, deps=(product,))
     mbarrier.arrive(v_free.index(stage), count=1)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
-    return weights, acc, m, l, next_stage, next_phase, turn ^ 1
+    return weights, acc, m, l, next_stage, next_phase
 
 
 @gluon.jit
 def consume(
-    out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turns,
+    out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
     batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2,
-    RANK: gl.constexpr, HD: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    ORDERED: gl.constexpr,
+    RANK: gl.constexpr, HD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 queries over `tiles` tiles of keys, the last one first; the first `masked` of them need a mask."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -151,7 +144,6 @@ def consume(
     zero = gl.zeros([64, BN], gl.float32, SCORES)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
 
     limit = gl.minimum(rows + offset, Tk - 1) - (tiles - 1) * BN  # the last column of the tile that a row sees
     mbarrier.wait(q_full, 0)
@@ -164,14 +156,14 @@ def consume(
     mbarrier.wait(v_full.index(0), 0)
     for _ in range(1, masked):
         limit += BN
-        weights, acc, m, l, stage, phase, turn = step(  # noqa: E741
-            q, k_tiles, v_tiles, k_full, k_free, v_full, v_free, turns, weights, acc, m, l, limit, cols, scale_log2,
-            stage, phase, turn, RANK, HD, BN, GROUPS, STAGES, ORDERED, True,
+        weights, acc, m, l, stage, phase = step(  # noqa: E741
+            q, k_tiles, v_tiles, k_full, k_free, v_full, v_free, weights, acc, m, l, limit, cols, scale_log2,
+            stage, phase, HD, BN, STAGES, True,
         )  # fmt: skip
     for _ in range(masked, tiles):
-        weights, acc, m, l, stage, phase, turn = step(  # noqa: E741
-            q, k_tiles, v_tiles, k_full, k_free, v_full, v_free, turns, weights, acc, m, l, limit, cols, scale_log2,
-            stage, phase, turn, RANK, HD, BN, GROUPS, STAGES, ORDERED, False,
+        weights, acc, m, l, stage, phase = step(  # noqa: E741
+            q, k_tiles, v_tiles, k_full, k_free, v_full, v_free, weights, acc, m, l, limit, cols, scale_log2,
+            stage, phase, HD, BN, STAGES, False,
         )  # fmt: skip
     product = warpgroup_mma(weights, v_tiles.index(stage).reshape((BN, HD)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(product,))
@@ -192,7 +184,7 @@ def consume(
 def _flash_forward_gluon_kernel(
     q_desc, k_desc, v_desc, out_desc, Lse,  # tiles [1,1,rows,HD] of q, out [B,H,Tq,D] and k, v [B,H,Tk,D]; lse [B,H,Tq]
     heads, H, Tq, Tk, offset, group, scale_log2,
-    HD: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    HD: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One tile of 64 * GROUPS queries of one head. Query i sees key j when j <= i + offset; full attention is offset = Tk."""
@@ -216,34 +208,31 @@ def _flash_forward_gluon_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=GROUPS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=GROUPS)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
 
     if GROUPS == 2:
         gl.warp_specialize([
-            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turns,
-                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 0, HD, BN, GROUPS, STAGES, ORDERED)),
-            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turns,
-                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 1, HD, BN, GROUPS, STAGES, ORDERED)),
+            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 0, HD, BN, STAGES)),
+            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 1, HD, BN, STAGES)),
             (produce, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
                 batch, head, first, tiles, BN, GROUPS, STAGES)),
         ], [4, 1], [GROUP_REGISTERS, COPY_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turns,
-                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 0, HD, BN, GROUPS, STAGES, ORDERED)),
-            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turns,
-                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 1, HD, BN, GROUPS, STAGES, ORDERED)),
-            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turns,
-                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 2, HD, BN, GROUPS, STAGES, ORDERED)),
+            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 0, HD, BN, STAGES)),
+            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 1, HD, BN, STAGES)),
+            (consume, (out_desc, Lse, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                batch, head, first, tiles, masked, H, Tq, Tk, offset, scale_log2, 2, HD, BN, STAGES)),
             (produce, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
                 batch, head, first, tiles, BN, GROUPS, STAGES)),
         ], [4, 4, 1], [GROUP_REGISTERS, GROUP_REGISTERS, COPY_REGISTERS])  # fmt: skip
@@ -258,8 +247,6 @@ def launch_flash_forward_gluon(
     causal: bool,
     scale: float,
     config: tuning.Config,
-    *,
-    ordered: bool = False,
 ) -> None:
     """Fill `out` and `lse`, for arguments that `attention_forward.gluon_takes` lets through.
 
@@ -272,7 +259,6 @@ def launch_flash_forward_gluon(
         causal: query i sees key j when ``j <= i + Tk - Tq``.
         scale: factor of the scores, not negative.
         config: with ``gluon``: block_m is 64 rows for each group, num_stages the places of the ring.
-        ordered: groups start their products in turns.
     """
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
@@ -289,6 +275,6 @@ def launch_flash_forward_gluon(
         tiles(q, 64), tiles(k, config.block_n), tiles(v, config.block_n), tiles(out, 64), lse,
         batch * heads, heads, queries, keys, keys - queries if causal else keys,
         heads_in_l2(batch * heads, keys, head_dim, q.element_size()), scale * LOG2E,
-        HD=width, BN=config.block_n, GROUPS=groups, STAGES=config.num_stages, ORDERED=ordered,
+        HD=width, BN=config.block_n, GROUPS=groups, STAGES=config.num_stages,
         GROUP_REGISTERS=group_registers, COPY_REGISTERS=copy_registers, num_warps=config.num_warps,
     )  # fmt: skip

@@ -302,8 +302,7 @@ def test_every_tile_of_every_head_has_one_program() -> None:
         assert first == sorted(first, reverse=last)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [80, 96])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(80, torch.float32), (96, torch.bfloat16)], ids=str)
 def test_a_whole_head(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = kit.qkv((1, 2, 41, head_dim), dtype, "offset")
     compare(q, k, v, causal=True, config=Config(32, 16, 4, 1, whole_head=True))

@@ -92,23 +92,13 @@ def test_a_problem_is_the_exit_code(
     assert {tuple(row["problems"]) for row in rows} == {problems}
 
 
-# float32 of three tables, and for two of them sizes that are not of Image GPT, are left to `make audit`; so are sm_89 and
-# sm_120, which take the table of sm_86 (sm_120 but for three entries).
+# The whole audit takes half an hour of two cores: `make audit`, after every change of a kernel or a table. Here each
+# kernel of sm_90 at the sizes of Image GPT, and on the other chips each kernel at one size, on one chip after another.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("chip", "options"),
-    [
-        ("sm_80", ["--bits", "16", "--models"]),
-        ("sm_90", ["--bits", "16", "--aligned"]),
-        ("sm_100", ["--bits", "16", "--models"]),
-        ("sm_86", []),
-    ],
-    ids=str,
-)
-def test_audit_finds_nothing(chip: str, options: list[str]) -> None:
+def test_audit_finds_nothing() -> None:
     """In a process of its own: the audit puts a chip that is not here in place of Triton's driver."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.audit", chip, "--json", *options],
+        [sys.executable, "-m", "tools.audit", "sm_90", "--json", "--bits", "16", "--models", "--aligned"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -116,27 +106,26 @@ def test_audit_finds_nothing(chip: str, options: list[str]) -> None:
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, [row for row in rows if row["problems"]] or done.stderr[-3000:]
-    assert len(rows) >= 40
     compiled_only = {function for kernel in KERNELS.values() for function in kernel.compiled_only}
-    assert {row["kernel"] for row in rows} - compiled_only == {
+    assert {row["kernel"] for row in rows} == compiled_only | {
         function for kernel in KERNELS.values() for function in kernel.functions
     }
-    if chip == "sm_90":
-        products = [
-            row for row in rows if row["bits"] == 16 and KERNELS.get(row["kernel"], KERNELS["decode"]).kind == "product"
-        ]
-        assert {(row["kernel"], row["size"]) for row in products if not row["wgmma"]} <= {("sparse_backward_keys", 256)}
-        rated = {(row["kernel"], row["size"]) for row in products if row["predicted"] and row["measured"]}
-        assert len(rated) >= 18, "of six kernels and three head dims of Image GPT at least"
-        assert all(row["notes"] == [] or audit.timed("sm_90", row["kernel"], row["size"]) for row in products)
+    products = [row for row in rows if KERNELS.get(row["kernel"], KERNELS["decode"]).kind == "product"]
+    assert all(row["wgmma"] for row in products)
+    rated = {(row["kernel"], row["size"]) for row in rows if row["measured"]}
+    assert len(rated) >= 18, "of six kernels and three head dims of Image GPT at least"
+    assert any(row["predicted"] for row in products)
+    assert all(row["notes"] == [] or audit.timed("sm_90", row["kernel"], row["size"]) for row in products)
 
 
 @pytest.mark.slow
-def test_audit_finds_nothing_on_amd_chips() -> None:
-    """Each kernel on one of the chips and at one size of Image GPT, in turn; `make audit` compiles the rest."""
+@pytest.mark.parametrize("bits", [16, 32])
+def test_audit_finds_nothing_on_other_chips(bits: int) -> None:
+    chips = [chip for chip in audit.TARGETS if chip != "sm_90"]
     cases = [
-        (AMD[i % len(AMD)], kernel, 16, entry.operation.sizes[(i + 1) % len(entry.operation.sizes)])
+        (chips[(i * 3 + shift) % len(chips)], kernel, bits, entry.operation.sizes[(i + shift) % len(entry.operation.sizes)])
         for i, (kernel, entry) in enumerate(KERNELS.items())
+        for shift in range(2 if bits == 16 else 1)
     ]
     code = f"""
         import json
@@ -149,8 +138,9 @@ def test_audit_finds_nothing_on_amd_chips() -> None:
     rows = json.loads(done.stdout)
     assert not [row for row in rows if row["problems"]]
     assert {row["kernel"] for row in rows} == {function for kernel in KERNELS.values() for function in kernel.functions}
-    assert {row["chip"] for row in rows} == {*AMD}
-    assert all(row["mma"] for row in rows if row["kernel"] in KERNELS and KERNELS[row["kernel"]].kind == "product")
+    assert {row["chip"] for row in rows} == {*chips}
+    products = [row for row in rows if row["kernel"] in KERNELS and KERNELS[row["kernel"]].kind == "product"]
+    assert all(row["mma"] for row in products if row["chip"] in AMD and bits == 16)
 
 
 @pytest.mark.slow

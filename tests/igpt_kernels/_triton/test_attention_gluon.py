@@ -19,6 +19,7 @@ from igpt_kernels._triton import attention_forward
 from igpt_kernels.reference import attention_reference
 from igpt_kernels.tensors import empty_heads
 from tests import gluon
+from tools import speed
 
 ROOT = Path(__file__).resolve().parents[3]
 HAS_GLUON = attention_forward._gluon_launcher() is not None
@@ -31,11 +32,7 @@ def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("entry", "ordered"),
-    [((128, 128, 4, 2), False), ((128, 64, 4, 3), True), ((192, 64, 4, 2), True), ((192, 64, 4, 3), False)],
-    ids=str,
-)
+@pytest.mark.parametrize("entry", [(128, 128, 4, 2), (128, 64, 4, 3), (192, 64, 4, 2), (192, 64, 4, 3)], ids=str)
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim", "causal"),
     [
@@ -43,12 +40,10 @@ def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (130, 129, 64, True), (7, 700, 64, True), (400, 7, 64, False),
     ],
 )  # fmt: skip
-def test_its_source_on_threads(
-    queries: int, keys: int, head_dim: int, causal: bool, entry: tuple[int, ...], ordered: bool
-) -> None:
+def test_its_source_on_threads(queries: int, keys: int, head_dim: int, causal: bool, entry: tuple[int, ...]) -> None:
     """Tiles, masks, the ring and its barriers: against the oracle in float64. See `tests.gluon` for what this cannot show."""
     kernel = gluon.load(ROOT / "igpt_kernels" / "_triton" / "attention_gluon.py")
-    dtype = torch.float16 if ordered else torch.bfloat16
+    dtype = torch.float16 if entry[1] == 64 else torch.bfloat16
     q, k, v = (
         testing.make_input((2, 2, tokens, head_dim), dtype=dtype, seed=seed, memory="fused_qkv")
         for seed, tokens in enumerate((queries, keys, keys))
@@ -58,7 +53,7 @@ def test_its_source_on_threads(
         out, lse = empty_heads(q, queries), torch.empty(2, 2, queries)
         out.fill_(math.nan)
         lse.fill_(math.nan)
-        kernel.launch_flash_forward_gluon(q, k, v, out, lse, causal, scale, config, ordered=ordered)
+        kernel.launch_flash_forward_gluon(q, k, v, out, lse, causal, scale, config)
     assert guards.check() >= 2
     eager, _ = attention_reference(q, k, v, causal=causal, scale=scale)
     exact, exact_lse = attention_reference(q.double(), k.double(), v.double(), causal=causal, scale=scale)
@@ -122,10 +117,15 @@ def test_chips_and_versions_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (attention_forward._gluon_launcher() is not None) == HAS_GLUON
 
 
-def test_what_stands_in_is_what_sm_90_ships() -> None:
+def test_what_stands_in_is_the_fastest_without_gluon() -> None:
     shipped = tuning.table("sm_90")["flash_forward"]["16"]
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 256):
         assert attention_forward.without_gluon(head_dim) == shipped[str(head_dim)]
+    for head_dim in (96, 128):
+        rows = [row for row in speed.calibration()["rows"] if (row["kernel"], row["head_dim"]) == ("flash_forward", head_dim)]
+        plain = [row for row in rows if not {"gluon", "descriptors"} & set(row["config"])]
+        fastest = min(plain, key=lambda row: row["ms"])
+        assert attention_forward.without_gluon(head_dim) == tuning.Config.read(fastest["config"])
 
 
 @pytest.mark.slow
