@@ -27,12 +27,12 @@ demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/
 	@$(BIN)/igpt demo --out runs/demo
 
 # One thread to a worker: two workers of two threads on two cores wait for each other's OpenMP teams, 5 times longer.
-test: env ## All tests (nine minutes on two idle cores; eighteen on slow ones).
+test: env ## All tests (about twenty minutes on two cores, an estimate).
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} --dist worksteal --durations=25 --durations-min=5 tests
 	@$(MAKE) --no-print-directory test-hf
 
 # Neither what is marked slow, nor kernels in the interpreter (make test), nor documents, whose examples train models.
-quick: env ## Most tests, for daily work (under 90 seconds on two idle cores).
+quick: env ## Most tests, for daily work (137 seconds on two cores).
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} --dist worksteal -m "not slow and not gpu" tests
 
 # The environment has one release of transformers; models of the newest are swapped too.
