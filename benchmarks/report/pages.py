@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measure.worker import Message
@@ -17,6 +18,8 @@ from benchmarks.report.compare import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-x86_64-2-cores"
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+"""One folder a run; `newest` is the one that pages show."""
 PAGES = ("README.md", "docs/performance.md", "docs/patterns.md")
 MARKED = re.compile(r"(<!-- numbers: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LABELS = {
@@ -48,6 +51,12 @@ class Results:
     def one(self, **wanted: object) -> Message | None:
         """The first of them."""
         return next(iter(self.all(**wanted)), None)
+
+
+def newest(folder: Path) -> Results:
+    """The run with benchmark rows in a folder of runs whose date is the latest."""
+    runs = [Results(read_run(path.parent)) for path in folder.glob("*/results.jsonl")]
+    return max(runs, key=lambda run: str(run.facts["date"]))
 
 
 def _time(row: Message | None) -> str:
@@ -203,6 +212,38 @@ def everything(results: Results) -> str:
     return tables.markdown(results.rows)
 
 
+GPU_COLUMNS = {
+    "plain or eager": ("plain", "eager"),
+    "torch's choice": ("sdpa",),
+    "torch, FlashAttention-2": ("sdpa-flash",),
+    "torch, cuDNN": ("sdpa-cudnn",),
+    "FlexAttention": ("flex",),
+}
+
+
+def gpu(results: Results) -> str:
+    """What a GPU run timed: ours, and every peer with the same case; of dense attention beside sparse patterns too."""
+    facts, versions = results.facts, results.facts["versions"]
+    text = (
+        f"Measured {facts['date'][:10]} on an {facts['gpu']}, torch {versions['torch']}, Triton {versions['triton']}, "
+        f"bfloat16; a matrix product reached {facts['matmul_tflops']:.0f} TFLOP/s, a copy {facts['copy_gbs']:.0f} GB/s.\n\n"
+        f"| case | ours | {' | '.join(GPU_COLUMNS)} |\n|---|---|{'---|' * len(GPU_COLUMNS)}\n"
+    )
+    for row in results.rows:
+        # Forward and backward in one; of what has no backward, its one time.
+        way = {"decode": "forward", "sample": "forward", "train": "step"}.get(row["suite"], "both")
+        if row["method"] not in ("flash", "sparse", "decode", "ours", "kernels") or row["way"] != way:
+            continue
+        cells = []
+        for methods in GPU_COLUMNS.values():
+            found = [other for other in results.rows if other["method"] in methods and _alike(row, other)]
+            cells.append(_against(found[0], row) if found else "-")
+        what = f"{row['suite']} {row['op']}" + (f" ({row['method']})" if row["suite"] == "train" else "")
+        name = f"{what}, {row['preset']}, {tables.image(row)}, batch {row['batch']}, {WAYS[row['way']]}"
+        text += f"| {name} | {_time(row)} | {' | '.join(cells)} |\n"
+    return text
+
+
 PARTS: dict[str, Callable[[Results], str]] = {
     "conditions": conditions,
     "attention": attention,
@@ -216,29 +257,32 @@ PARTS: dict[str, Callable[[Results], str]] = {
 }
 
 
-def filled(text: str, results: Results) -> str:
-    """A page with what stands between its markers made anew.
+def filled(text: str, results: Results, on_gpu: Results | None = None) -> str:
+    """A page with what stands between its markers made anew, `gpu` from the rows of `on_gpu`.
 
     Raises:
-        ValueError: a page asks for a part that there is not.
+        ValueError: a page asks for a part that there is not, or for `gpu` without rows.
     """
+    parts: dict[str, Callable[[], str]] = {name: partial(part, results) for name, part in PARTS.items()}
+    if on_gpu is not None:
+        parts["gpu"] = partial(gpu, on_gpu)
 
     def replace(found: re.Match[str]) -> str:
         name = found.group(2)
-        if name not in PARTS:
-            raise ValueError(f"there is no part {name!r}; there are {', '.join(PARTS)}")
-        return f"{found.group(1)}{PARTS[name](results)}{found.group(4)}"
+        if name not in parts:
+            raise ValueError(f"there is no part {name!r}; there are {', '.join(parts)}")
+        return f"{found.group(1)}{parts[name]()}{found.group(4)}"
 
     return MARKED.sub(replace, text)
 
 
 def main() -> int:
     """Rewrite the pages."""
-    results = Results(read_run(RESULTS))
+    results, on_gpu = Results(read_run(RESULTS)), newest(GPU_RESULTS)
     for page in PAGES:
         path = ROOT / page
         before = path.read_text(encoding="utf-8")
-        after = filled(before, results)
+        after = filled(before, results, on_gpu)
         if after != before:
             path.write_text(after, encoding="utf-8")
         print(f"{page}: {'rewritten' if after != before else 'is up to date'}")

@@ -273,7 +273,8 @@ def test_pages_and_data_agree(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert pages.MARKED.search(text), f"{page} asks for no numbers"
     results = pages.Results(compare.read_run(pages.RESULTS))
-    assert pages.filled(text, results) == text, f"{page} is not what python -m benchmarks.report.pages writes"
+    made = pages.filled(text, results, pages.newest(pages.GPU_RESULTS))
+    assert made == text, f"{page} is not what python -m benchmarks.report.pages writes"
 
 
 def test_pages_are_filled_from_rows() -> None:
@@ -285,3 +286,28 @@ def test_pages_are_filled_from_rows() -> None:
         pages.filled("<!-- numbers: weather -->\n<!-- end -->", results)
     for part in pages.PARTS.values():
         assert part(results)
+    with pytest.raises(ValueError, match="no part 'gpu'"):
+        pages.filled("<!-- numbers: gpu -->\n<!-- end -->", results)
+
+
+def test_the_table_of_a_gpu(tmp_path: Path) -> None:
+    facts = {"kind": "environment", "gpu": "A GPU", "matmul_tflops": 700.4, "copy_gbs": 3000.2}
+    facts["versions"] = {"torch": "2", "triton": "3"}
+    case = {"kind": "row", "suite": "attention", "op": "causal", "preset": "S", "resolution": 64, "batch": 4}
+    case |= {"tokens": 4096, "dtype": "bfloat16", "status": "ok"}
+    timed = (("flash", "both", 2.0), ("flash", "forward", 0.5), ("sdpa-cudnn", "both", 1.0), ("sdpa-cudnn", "forward", 7.0))
+    rows = [case | {"key": f"{name} {way}", "method": name, "way": way, "median_s": time} for name, way, time in timed]
+    rows.append(case | {"key": "flex", "method": "flex", "way": "both", "status": "oom"})
+    for day, folder, more in (("2026-01-02", "new", rows), ("2026-01-01", "old", [])):
+        (tmp_path / folder).mkdir()
+        lines = [facts | {"id": day, "date": day}, *more]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / folder / "results.jsonl").write_text(text, encoding="utf-8")
+    run = pages.newest(tmp_path)
+    assert run.facts["date"] == "2026-01-02"
+    table = pages.gpu(run)
+    assert "2026-01-02 on an A GPU, torch 2, Triton 3, bfloat16; a matrix product reached 700 TFLOP/s" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("| attention causal")]
+    assert line == (
+        "| attention causal, S, 64², batch 4, forward + backward | 2 s | - | - | - | 1 s (0.5×) | out of memory |"
+    ), "one line: both ways, the peer of the same case"
