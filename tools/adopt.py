@@ -81,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="", help="what to write as the device; the GPU's name when left out")
     parser.add_argument("--out", type=Path, help="the file; configs/<device>.json when left out")
     options = parser.parse_args(arguments)
-    times = timed(options.plans)
+    try:
+        times = timed(options.plans)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"plans must be files that tools.kernel_plan wrote: {type(error).__name__}: {error}")
     if not times:
         print(f"no time of an attention kernel is in {', '.join(map(str, options.plans))}", file=sys.stderr)
         return 2
@@ -89,15 +92,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (device and name):
         import torch
 
+        if not torch.cuda.is_available():
+            parser.error("--device and --table must be given where no GPU is visible")
         device = device or torch.cuda.get_device_name()
         name = name or tuning.FAMILIES.get(torch.cuda.get_device_capability(), "default")
+    if not (tuning.FOLDER / f"{name}.json").exists():
+        tables = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
+        parser.error(f"--table must be one of {', '.join(tables)}; got {name}")
     path = options.out or tuning.FOLDER / f"{tuning.slug(device)}.json"
-    path.write_text(json.dumps(table(name, times, device), indent=1) + "\n", encoding="utf-8")
+    made = json.dumps(table(name, times, device), indent=1) + "\n"
+    path.write_text(made, encoding="utf-8")
     for (kernel, size), configs in sorted(times.items()):
         shipped = tuning.nearest(tuning.table(name), kernel, 16, size)
         best = winner(configs, shipped)
-        said = "stays" if best == shipped else f"-> {best}, {configs[best] / configs[shipped]:.2f} of its time"
-        print(f"{kernel:24} {size:>4}  {shipped} {said if shipped in configs else f'was not timed -> {best}'}")
+        if shipped not in configs:
+            said = f"was not timed -> {best}"
+        else:
+            said = "stays" if best == shipped else f"-> {best}, {configs[best] / configs[shipped]:.2f} of its time"
+        print(f"{kernel:24} {size:>4}  {shipped} {said}")
     print(f"wrote {path}")
     return 0
 

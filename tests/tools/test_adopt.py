@@ -62,3 +62,23 @@ def test_the_command_writes_a_table_that_loads(
     assert tuning.table("some-chip")["sparse_forward"]["16"]["64"] == OTHER
     assert tuning.measured("some-chip")["sparse_forward"] >= {64}
     assert adopt.main([str(plan(tmp_path / "none", {"kind": "machine"}))]) == 2
+
+
+def test_the_command_names_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, out = plan(tmp_path / "good", row(SHIPPED, "a", 1.0)), tmp_path / "out.json"
+    (tmp_path / "text").write_text("no plan", encoding="utf-8")
+    (tmp_path / "row").write_text(json.dumps({"kind": "time", "layout": "a", "median_ms": 1.0}), encoding="utf-8")
+    for plans, table, said in (
+        (tmp_path / "gone", "sm_90", "plans must be files"), (tmp_path / "text", "sm_90", "JSONDecodeError"),
+        (tmp_path / "row", "sm_90", "TypeError"), (good, "sm_91", "--table must be one of amd, default"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            adopt.main([str(plans), "--table", table, "--device", "x", "--out", str(out)])
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_what_ships_may_be_untimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = plan(tmp_path / "five", row(OTHER, "a", 1.0))
+    assert adopt.main([str(path), "--table", "sm_90", "--device", "x", "--out", str(tmp_path / "x.json")]) == 0
+    assert f"was not timed -> {OTHER}" in capsys.readouterr().out
