@@ -76,7 +76,7 @@ def load_tile(
 
 @triton.jit
 def load_box(X0, X1, batch, h, y, x, ROWS: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, DOT: tl.constexpr):
-    """Both column parts of the tile whose first token is in row y, column x, by descriptors; see `descriptors.boxes`."""
+    """Both column parts of the tile whose first token is in row y, column x, by descriptors; see `descriptors.read_by`."""
     b = batch.to(tl.int32)
     head = h.to(tl.int32)
     x0 = X0.load([b, head, y, x, 0]).reshape(ROWS, DA).to(DOT)
@@ -89,7 +89,7 @@ def load_box(X0, X1, batch, h, y, x, ROWS: tl.constexpr, DA: tl.constexpr, DB: t
 
 @triton.jit
 def load_rows(X, batch, h, y, x, ROWS: tl.constexpr):
-    """One number of each row of such a tile, float32, by a descriptor; see `descriptors.rows_as_boxes`."""
+    """One number of each row of such a tile, float32, by a descriptor; see `descriptors.read_rows_by`."""
     return X.load([batch.to(tl.int32), h.to(tl.int32), y, x]).reshape(ROWS)
 
 

@@ -94,7 +94,7 @@ def read_by(
     pitches: Sequence[int],
     parts: tuple[int, int],
 ) -> tuple[bool, list[Operand]]:
-    """What a kernel reads its tensors by: descriptors, where its configuration asks for them and all tensors allow it.
+    """What a kernel reads its tensors by: descriptors, where its configuration asks for them and all with a tile allow it.
 
     Args:
         config: of the kernel.
@@ -108,17 +108,19 @@ def read_by(
         or the tensor; then for every tensor the descriptor of its second part, or None.
     """
     if config.descriptors and _has_engine(tensors[0].device):
-        views = [
-            grid_view(tuple(x.shape), x.stride(), x.element_size(), pitch)  # type: ignore[arg-type]
-            for x, pitch in zip(tensors, pitches, strict=True)
-        ]
-        if all(views) and not any(x.data_ptr() % ALIGNMENT for x in tensors):
-            first: list[Operand] = []
-            second: list[Operand] = []
-            for x, tile, view in zip(tensors, tiles, views, strict=True):
-                assert view is not None
-                first.append(x if tile is None else describe(x, *view, (1, 1, *tile, parts[0])))
-                second.append(None if tile is None or not parts[1] else describe(x, *view, (1, 1, *tile, parts[1])))
+        first: list[Operand] = []
+        second: list[Operand] = []
+        for x, tile, pitch in zip(tensors, tiles, pitches, strict=True):
+            if tile is None:
+                first.append(x)
+                second.append(None)
+                continue
+            view = grid_view(tuple(x.shape), x.stride(), x.element_size(), pitch)  # type: ignore[arg-type]
+            if view is None or x.data_ptr() % ALIGNMENT:
+                break
+            first.append(describe(x, *view, (1, 1, *tile, parts[0])))
+            second.append(describe(x, *view, (1, 1, *tile, parts[1])) if parts[1] else None)
+        else:
             return True, first + second
     return False, [*tensors, *(None for _ in tensors)]
 

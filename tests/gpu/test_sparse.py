@@ -109,6 +109,7 @@ def test_no_pattern_compiles_anew() -> None:
     for text in ("local2d:1", "row_column"):
         block_sparse_attention(q, k, v, layouts.parse(text, 20, 20), backend="triton")
     known = sum(len(cache[0]) for cache in _sparse_forward_kernel.device_caches.values())
-    for text, size in (("local2d:9", (20, 20)), ("local2d:5", (10, 40)), ("column+row", (20, 20))):
+    # Parts in another order would be compiled anew: the first reads no sums of parts before it.
+    for text, size in (("local2d:9", (20, 20)), ("local2d:5", (10, 40)), ("local2d:2", (40, 10)), ("strided:20", (20, 20))):
         block_sparse_attention(q, k, v, layouts.parse(text, *size), backend="triton")
     assert sum(len(cache[0]) for cache in _sparse_forward_kernel.device_caches.values()) == known

@@ -129,6 +129,28 @@ def test_descriptors_yield_to_pointers(kind: str) -> None:
         compare(*some, layout.prefix(tokens), config=config)
 
 
+@pytest.mark.parametrize("head_dim", [24, 72])
+def test_what_pointers_read_may_have_any_strides(head_dim: int) -> None:
+    # Up to head dim 64 only keys and values are boxes for dQ, so a gradient of a sum, with strides 0, does not forbid them.
+    config = Config(16, 16, 4, 1, descriptors=True)
+    groups = groups_of(check_layout(layouts.local2d(5, 6, 2), heads=1, tokens=30), 1)
+    q, k, v = inputs(30, head_dim, torch.float16)
+    grad = torch.ones((), dtype=torch.float16).expand(q.shape)
+    boxed, operands = read_by(config, (q, k, v, grad), [None, (8, 8), (8, 8), None], [6] * 4, (16, 8))
+    assert boxed
+    assert operands[0] is q
+    assert operands[3] is grad
+    assert operands[4] is operands[7] is None
+    assert not read_by(config, (q, k, v, grad), [(8, 8)] * 4, [6] * 4, (16, 8))[0]
+    out, lse = launch_sparse_forward(q, k, v, groups, scale=0.3, config=config)
+    each = (
+        launch_sparse_backward(g, q, k, v, out, lse, groups, scale=0.3, key_config=config, query_config=config)
+        for g in (grad, grad.contiguous())
+    )
+    for strided, contiguous in zip(*each, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
 @pytest.mark.parametrize("tile", [(4, 4), (2, 8), (1, 16), (16, 1), (8, 8), (4, 16), (1, 64), (64, 1), (8, 16)], ids=str)
 @pytest.mark.parametrize("text", ["local2d:3", "column", "strided:9"])
 def test_tiles(text: str, tile: tuple[int, int]) -> None:

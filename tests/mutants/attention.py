@@ -80,6 +80,23 @@ MUTANTS = (
         "test_sizes",
     ),
     Mutant(
+        "one box of queries for all",
+        "attention_backward.py",
+        "load_box(Q, Q1, batch, h, 0, start,",
+        "load_box(Q, Q1, batch, h, 0, first,",
+        "test_descriptors",
+    ),
+    Mutant(
+        "one box of values for all",
+        "attention_backward.py",
+        "load_box(V, V1, batch, h, 0, start,",
+        "load_box(V, V1, batch, h, 0, first,",
+        "test_descriptors",
+    ),
+    Mutant("delta from the box of lse", "attention_backward.py", "load_rows(Delta, ", "load_rows(Lse, ", "test_descriptors"),
+    Mutant("second part of a box is the first", "common.py", "y, x, DA])", "y, x, 0])", "test_descriptors"),
+    Mutant("boxes of rows that are not aligned", "descriptors.py", " or pitch * 4 % ALIGNMENT:", ":", "test_descriptors"),
+    Mutant(
         "decode reads one key too many",
         "decode.py",
         "seen = start + slots < last",

@@ -48,6 +48,9 @@ MUTANTS = (
         "test_descriptors",
     ),
     Mutant(
+        "sparse: delta from the box of lse", "sparse_backward.py", "load_rows(Delta, ", "load_rows(Lse, ", "test_descriptors"
+    ),
+    Mutant(
         "sparse: descriptors where the last row is cut",
         "descriptors.py",
         " or tokens % pitch:",
