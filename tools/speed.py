@@ -20,9 +20,9 @@ from torch import Tensor
 from igpt_kernels import layouts
 from igpt_kernels.tuning import Config
 from tools.cycles import iteration_cycles, resident
-from tools.kernel_plan import HEADS, PRODUCTS, RADII, SIDE, SPARSE_HEADS, TOKENS
 from tools.kernels import HEAD_DIMS, KERNELS, Inputs
 from tools.sass import Instruction, hot_loop, overwritten, path, products
+from tools.variants import HEADS, PRODUCTS, RADII, SIDE, SPARSE_HEADS, TOKENS
 
 OVERWRITTEN = "the loop writes over operands in registers"
 CALIBRATION = Path(__file__).with_name("calibration.json")
@@ -143,7 +143,7 @@ class Work:
 
 @functools.cache
 def work(kernel: str, head_dim: int, block_m: int, block_n: int, layout: str) -> Work:
-    """At the shapes of `tools.kernel_plan`: ``causal``, or ``local2d:`` and a radius."""
+    """At the shapes of `tools.variants`: ``causal``, or ``local2d:`` and a radius."""
     each = PRODUCTS[kernel.rsplit("_", 1)[1]] * head_dim
     if layout != "causal":
         pattern = layouts.local2d(SIDE, SIDE, int(layout.partition(":")[2]))
@@ -209,7 +209,7 @@ def milliseconds(what: Cost, of: Work, clock: float, start: float) -> float:
 
 
 def predict(kernel: str, head_dim: int, config: Config, what: Cost, layout: str | None = None) -> float:
-    """TFLOP/s at the shape of `tools.kernel_plan`; sparse kernels with a window of 7 pixels unless `layout` says else."""
+    """TFLOP/s at the shape of `tools.variants`; sparse kernels with a window of 7 pixels unless `layout` says else."""
     fitted = calibration()
     chosen = layout or (f"local2d:{RADII[0]}" if family(kernel) == "sparse" else "causal")
     of = work(kernel, head_dim, config.block_m, config.block_n, chosen)
