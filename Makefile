@@ -32,7 +32,7 @@ test: env ## All tests (about twenty minutes on two cores, an estimate).
 	@$(MAKE) --no-print-directory test-hf
 
 # Neither what is marked slow, nor kernels in the interpreter (make test), nor documents, whose examples train models.
-quick: env ## Most tests, for daily work (137 seconds on two cores).
+quick: env ## Most tests, for daily work (under 90 seconds on two idle cores; 140 on slow ones).
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} --dist worksteal -m "not slow and not gpu" tests
 
 # The environment has one release of transformers; models of the newest are swapped too.
