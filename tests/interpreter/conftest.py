@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
@@ -51,6 +54,54 @@ def language_is_patched_once_a_launch() -> Iterator[None]:
 
     # Not by monkeypatch, which would undo this after the watch over accesses was undone, that wraps the same method.
     with patch.object(interpreter, "_patch_lang", once), patch.object(interpreter.GridExecutor, "__call__", launch):
+        yield
+
+
+def overflow_is_refused(_: object, lhs: Any, rhs: Any, operation: Any) -> None:
+    """The interpreter's check that no sum, difference or product of integers leaves its type, on their numpy arrays."""
+    integer = lhs.type.scalar
+    if integer.int_bitwidth >= 64:
+        return
+    assert integer == rhs.type.scalar
+    compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+    exact = compute(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
+    low, high = integer.get_int_min_value(), integer.get_int_max_value()
+    assert ((exact >= low) & (exact <= high)).all(), f"{integer} overflow in {operation.__name__}"
+
+
+_TABLE = {
+    dtype: interpreter._get_np_dtype(dtype)
+    for dtype in map(tl.dtype, (*tl.dtype.SINT_TYPES, *tl.dtype.UINT_TYPES, *tl.dtype.FP_TYPES))
+}
+
+
+def numpy_dtype(dtype: Any) -> npt.DTypeLike:
+    """The interpreter's own makes its table anew at every use."""
+    dtype = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+    return np.dtype(np.uint64) if isinstance(dtype, tl.pointer_type) else _TABLE[dtype]
+
+
+@functools.cache
+def shape_of(lengths: tuple[int, ...]) -> tuple[Any, Any]:
+    """The shape of a tensor of the language, and its number of values."""
+    return tl.tuple([tl.constexpr(length) for length in lengths]), tl.constexpr(math.prod(lengths))
+
+
+def new_tensor(self: Any, handle: interpreter.TensorHandle, type: Any) -> None:
+    """What the constructor of `tl.tensor` does, with shapes that are kept."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = shape_of(type.shape if type.is_block() else ())
+
+
+@pytest.fixture(autouse=True)
+def little_is_made_twice() -> Iterator[None]:
+    """A third of all time: a check of overflow in operations of the language, a table of dtypes, shapes."""
+    semantic = type(interpreter.interpreter_semantic)
+    with (
+        patch.object(interpreter, "_get_np_dtype", numpy_dtype),
+        patch.object(semantic, "binary_op_sanitize_overflow_impl", overflow_is_refused),
+        patch.object(tl.tensor, "__init__", new_tensor),
+    ):
         yield
 
 

@@ -67,6 +67,17 @@ def _from_a_number_kernel(Out, address):
     tl.store(Out, tl.load(address.to(tl.int64).to(tl.pointer_type(tl.float32))))
 
 
+@triton.jit
+def _integers_kernel(Out, number, factor, OPERATION: tl.constexpr):
+    if OPERATION == "add":
+        made = number + factor
+    elif OPERATION == "sub":
+        made = number - factor
+    else:
+        made = number * factor
+    tl.store(Out + tl.arange(0, 2), made + tl.zeros([2], tl.int32))
+
+
 def copied(x: Tensor, out: Tensor, n: int | None = None, shift: int = 0) -> Tensor:
     """`_copy_kernel` in blocks of 16."""
     n = x.numel() if n is None else n
@@ -162,3 +173,15 @@ def test_a_place_that_several_programs_load_is_not_stored_to_by_the_last() -> No
 def test_atomic_operations_are_refused(swap: bool) -> None:
     with pytest.raises(InterpreterError, match="atomic"):
         _count_kernel[(2,)](torch.zeros(1, dtype=torch.int32), SWAP=swap)
+
+
+@pytest.mark.parametrize(
+    ("operation", "number", "most"), [("add", 2**31 - 8, 7), ("sub", -(2**31) + 7, 7), ("mul", 2**28, 7), ("mul", -(2**28), 8)]
+)
+def test_integers_that_leave_their_type_are_found(operation: str, number: int, most: int) -> None:
+    out = torch.empty(2, dtype=torch.int32)
+    _integers_kernel[(1,)](out, number, most, OPERATION=operation)
+    exact = {"add": number + most, "sub": number - most, "mul": number * most}[operation]
+    assert out.tolist() == [exact, exact]
+    with pytest.raises(InterpreterError, match=f"int32 overflow in {operation}"):
+        _integers_kernel[(1,)](out, number, most + 1, OPERATION=operation)
