@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure.worker import Message
-from benchmarks.report import tables
+from benchmarks.report import tables, units
 
 ROOT = Path(__file__).resolve().parents[2]
 _VALUE_OPTIONS = {"--out": 1, "--compare": 1, "--fail-if": 1, "--minutes": 1}
@@ -88,7 +88,7 @@ def table(found: Sequence[Change]) -> str:
     lines = [f"{'case':{width}}  {'old':>10} {'new':>10} {'new/old':>8}"]
     for change in found:
         if change.both_ok:
-            old, new = tables.seconds(change.old["median_s"]), tables.seconds(change.new["median_s"])
+            old, new = units.seconds(change.old["median_s"]), units.seconds(change.new["median_s"])
             mark = "" if change.verdict == "same" else f"  {change.verdict}"
             lines.append(f"{change.key:{width}}  {old:>10} {new:>10} {change.ratio:>8.2f}{mark}")
         elif change.verdict != "same":

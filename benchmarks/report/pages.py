@@ -5,6 +5,7 @@ A page asks for a part by ``<!-- numbers: NAME -->`` and ends it by ``<!-- end -
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measure.worker import Message
 from benchmarks.registry import WAYS
-from benchmarks.report import tables
+from benchmarks.report import plots, tables, units
 from benchmarks.report.compare import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,26 +54,26 @@ class Results:
         return next(iter(self.all(**wanted)), None)
 
 
-def newest(folder: Path) -> Results:
-    """The run with benchmark rows in a folder of runs whose date is the latest."""
-    runs = [Results(read_run(path.parent)) for path in folder.glob("*/results.jsonl")]
-    return max(runs, key=lambda run: str(run.facts["date"]))
+def newest(folder: Path) -> Path:
+    """Of a folder of runs the one with benchmark rows whose date is the latest."""
+    runs = [path.parent for path in folder.glob("*/results.jsonl")]
+    return max(runs, key=lambda run: str(Results(read_run(run)).facts["date"]))
 
 
 def _time(row: Message | None) -> str:
     """A time, or what became of it."""
     if row is None:
         return "-"
-    return tables.seconds(row["median_s"]) if row["status"] == "ok" else _fate(row)
+    return units.seconds(row["median_s"]) if row["status"] == "ok" else _fate(row)
 
 
 def _fate(row: Message) -> str:
     if row["status"] == "oom":
         needed = row.get("predicted_bytes")
-        return f"out of memory ({tables.size(needed)})" if needed else "out of memory"
+        return f"out of memory ({units.size(needed)})" if needed else "out of memory"
     if row["status"] == "timeout":
         expected = row.get("predicted_s")
-        return f"({tables.seconds(expected)}, predicted)" if expected else "too slow"
+        return f"({units.seconds(expected)}, predicted)" if expected else "too slow"
     return str(row["status"])
 
 
@@ -80,8 +81,8 @@ def _peak(row: Message | None) -> str:
     if row is None:
         return "-"
     if row["status"] == "ok":
-        return tables.size(row.get("peak_bytes"))
-    return f"({tables.size(row['predicted_bytes'])}, predicted)" if row.get("predicted_bytes") else "-"
+        return units.size(row.get("peak_bytes"))
+    return f"({units.size(row['predicted_bytes'])}, predicted)" if row.get("predicted_bytes") else "-"
 
 
 def conditions(results: Results) -> str:
@@ -123,13 +124,13 @@ def palette(results: Results) -> str:
     rows = results.all(suite="palette", op="lookup", resolution=256)
     for row in sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_s"]):
         ratio = row["ratio"].get("transformers")
-        shown = "-" if ratio is None else f"{tables.digits(ratio)}×"
-        rate = tables.digits(row["rate"] / 1e6)
-        lines.append(f"| {LABELS[row['method']]} | {tables.seconds(row['median_s'])} | {rate} | {shown} |")
+        shown = "-" if ratio is None else f"{units.digits(ratio)}×"
+        rate = units.digits(row["rate"] / 1e6)
+        lines.append(f"| {LABELS[row['method']]} | {units.seconds(row['median_s'])} | {rate} | {shown} |")
     made = results.one(suite="palette", op="table", method="ext")
     text = "\n".join(lines) + "\n"
     if made is not None and made["status"] == "ok":
-        text += f"\nThe table of all 16,777,216 answers is made once for a palette, in {tables.seconds(made['median_s'])}.\n"
+        text += f"\nThe table of all 16,777,216 answers is made once for a palette, in {units.seconds(made['median_s'])}.\n"
     return text
 
 
@@ -276,9 +277,13 @@ def filled(text: str, results: Results, on_gpu: Results | None = None) -> str:
     return MARKED.sub(replace, text)
 
 
-def main() -> int:
-    """Rewrite the pages."""
-    results, on_gpu = Results(read_run(RESULTS)), newest(GPU_RESULTS)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the pages, and the pictures of both runs if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report.pages", description="pages from committed rows")
+    parser.add_argument("--pictures", action="store_true", help="draw the plots beside the rows anew")
+    pictures = parser.parse_args(arguments).pictures
+    folders = RESULTS, newest(GPU_RESULTS)
+    results, on_gpu = (Results(read_run(folder)) for folder in folders)
     for page in PAGES:
         path = ROOT / page
         before = path.read_text(encoding="utf-8")
@@ -286,6 +291,9 @@ def main() -> int:
         if after != before:
             path.write_text(after, encoding="utf-8")
         print(f"{page}: {'rewritten' if after != before else 'is up to date'}")
+    for folder, run in zip(folders, (results, on_gpu), strict=True) if pictures else ():
+        for name in plots.draw(run.rows, folder):
+            print(f"{(folder / name).relative_to(ROOT)}: drawn")
     return 0
 
 

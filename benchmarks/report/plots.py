@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure.worker import Message
 from benchmarks.registry import WAYS
+from benchmarks.report import units
 
 COLOURS = {
     "eager": "#8c8c8c",
@@ -44,8 +46,8 @@ def panels(rows: Sequence[Message]) -> dict[str, list[Message]]:
         name = f"{row['suite']}{op}-{row['preset']}-{row['way']}"
         found.setdefault(name, []).append(row)
     for name, some in found.items():
-        if some[0]["suite"] == "sparse":
-            kept = ("eager", "sdpa", "flash")
+        if some[0]["suite"] == "sparse" and some[0]["op"] != "build":
+            kept = ("eager", "sdpa", "sdpa-flash", "sdpa-cudnn", "flash")
             found[name] = some + [
                 row
                 for row in rows
@@ -53,7 +55,22 @@ def panels(rows: Sequence[Message]) -> dict[str, list[Message]]:
                 and row["method"] in kept
                 and all(row[column] == some[0][column] for column in ("preset", "way", "dtype", "device"))
             ]
+    found = {name: comparable(some) for name, some in found.items()}
     return {name: some for name, some in found.items() if _sizes(some) > 1}
+
+
+def comparable(rows: Sequence[Message]) -> list[Message]:
+    """All rows where no method has two of one size; else those of one batch, or of one number of tokens in a batch.
+
+    Of these the group with most rows. A line through several batches would go up and down.
+    """
+    if len({(row["method"], row["resolution"]) for row in rows}) == len(rows):
+        return list(rows)
+    groups: dict[tuple[str, int], list[Message]] = {}
+    for row in rows:
+        for name, count in (("images", row["batch"]), ("tokens", row["batch"] * row["tokens"])):
+            groups.setdefault((name, count), []).append(row)
+    return max(groups.values(), key=len)
 
 
 def _sizes(rows: Sequence[Message]) -> int:
@@ -72,14 +89,18 @@ def draw(rows: Sequence[Message], out: Path) -> list[str]:
     for name, some in panels(rows).items():
         figure = new_figure(10, 4.2)
         left, right = figure.subplots(1, 2)
-        _panel(left, some, "median_s", "predicted_s", "time of a call (s)")
-        _panel(right, some, "peak_bytes", "predicted_bytes", "peak memory above inputs (bytes)")
+        _panel(left, some, "median_s", "predicted_s", "time of a call")
+        _panel(right, some, "peak_bytes", "predicted_bytes", "peak memory above inputs")
         first = some[0]
         what = {"attention": "dense causal attention", "train": "training", "sample": "one more pixel"}.get(
             first["suite"], first["op"]
         )
         preset = "" if first["suite"] == "palette" else f", Image GPT {first['preset']}"
-        batch = f"batch {first['batch']}" if len({row["batch"] for row in some}) == 1 else "batch by size"
+        batch = "batch by size"
+        if len({row["batch"] for row in some}) == 1:
+            batch = f"batch {first['batch']}"
+        elif len({row["batch"] * row["tokens"] for row in some}) == 1:
+            batch = f"{first['batch'] * first['tokens']:,} tokens a batch"
         figure.suptitle(f"{what}{preset}, {WAYS[first['way']]}, {batch}, {first['dtype']}, {first['device']}", fontsize=11)
         figure.savefig(out / f"{name}.png", format="png")
         written.append(f"{name}.png")
@@ -102,8 +123,21 @@ def _panel(axes: Any, rows: Sequence[Message], column: str, predicted: str, labe
             crosses += [(row["resolution"], _continued(good, row["resolution"])) for row in mine if row["status"] == "oom"]
         if crosses:
             axes.plot(*zip(*crosses, strict=True), linestyle="none", marker="x", markersize=8, color=colour)
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     axes.set_xscale("log")
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # Within a decade or a factor of two the powers alone would leave an axis without a number.
+    if column == "median_s":
+        low, high = (low / 2, high * 2) if high < 5 * low else (low, high)
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 30 * low else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.seconds(value)))
+    else:
+        axes.set_ylim(2 ** math.floor(math.log2(low)), 2 ** math.ceil(math.log2(high)))
+        axes.yaxis.set_major_locator(LogLocator(2))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.size(value)))
     axes.set_xticks(sides, [f"{side}²" for side in sides])
     axes.minorticks_off()
     axes.set_xlabel("image (pixels); × = out of memory or of time, predicted")

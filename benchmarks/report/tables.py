@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.measure.worker import Message
 from benchmarks.registry import PEERS, SUITES, WAYS
+from benchmarks.report.units import digits, seconds, size
 
 SHORT = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "step": "step"}
 _SAME = ("preset", "resolution", "batch", "heads", "tokens", "head_dim", "dtype", "device", "way")
@@ -47,26 +48,6 @@ def ratios(row: Message, rows: Iterable[Message]) -> Message:
         "ratio": {name: float(f"{value:.4g}") for name, value in times.items()},
         "memory_ratio": {name: float(f"{value:.4g}") for name, value in peaks.items()},
     }
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
-
-
-def digits(value: float) -> str:
-    """Three significant digits, never as a power of ten."""
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
-
-
-def size(value: float | None) -> str:
-    """Bytes in MiB or GiB."""
-    if value is None:
-        return "-"
-    return f"{digits(value / 2**30)} GiB" if value >= 1000 * 2**20 else f"{digits(value / 2**20)} MiB"
 
 
 def image(row: Message) -> str:

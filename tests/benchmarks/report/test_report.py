@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import compare, pages, plots, tables, targets
+from benchmarks.report import compare, pages, plots, tables, targets, units
 from tests.benchmarks.measure.test_run import FACTS
 from tests.benchmarks.misbehave import ok_row
 
@@ -94,11 +94,11 @@ def test_every_row_is_in_the_markdown_and_on_the_terminal(capsys: pytest.Capture
 
 
 def test_units() -> None:
-    assert [tables.seconds(value) for value in (2.5, 0.0123, 4.56e-5, 7e-8)] == ["2.5 s", "12.3 ms", "45.6 µs", "70 ns"]
-    assert [tables.size(value) for value in (3 << 30, 5 << 20, 1010 << 20, None)] == [
-        "3 GiB", "5 MiB", "0.986 GiB", "-",
+    assert [units.seconds(value) for value in (2.5, 0.0123, 4.56e-5, 7e-8)] == ["2.5 s", "12.3 ms", "45.6 µs", "70 ns"]
+    assert [units.size(value) for value in (3 << 30, 5 << 20, 1010 << 20, 4 << 10, None)] == [
+        "3 GiB", "5 MiB", "0.986 GiB", "4 KiB", "-",
     ]  # fmt: skip
-    assert [tables.digits(value) for value in (0.01234, 12.34, 999.4, 999.6, 4586.2)] == [
+    assert [units.digits(value) for value in (0.01234, 12.34, 999.4, 999.6, 4586.2)] == [
         "0.0123",
         "12.3",
         "999",
@@ -135,6 +135,13 @@ def test_plots_have_lines_crosses_and_labels(tmp_path: Path) -> None:
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert "pixels" in axes.get_xlabel()
     assert axes.get_ylabel() == "time (s)"
+
+
+def test_a_line_goes_through_batches_of_one_load() -> None:
+    loads = [(32, 1), (32, 128), (64, 4), (64, 32), (128, 8)]
+    rows = [row("flash", side, 1.0) | {"batch": batch, "tokens": side * side} for side, batch in loads]
+    assert [one["batch"] for one in plots.comparable(rows)] == [128, 32, 8]
+    assert plots.comparable(rows[::2]) == rows[::2], "one row a size: all are drawn"
 
 
 def planted(factor: float) -> list[dict[str, Any]]:
@@ -273,7 +280,7 @@ def test_pages_and_data_agree(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert pages.MARKED.search(text), f"{page} asks for no numbers"
     results = pages.Results(compare.read_run(pages.RESULTS))
-    made = pages.filled(text, results, pages.newest(pages.GPU_RESULTS))
+    made = pages.filled(text, results, pages.Results(compare.read_run(pages.newest(pages.GPU_RESULTS))))
     assert made == text, f"{page} is not what python -m benchmarks.report.pages writes"
 
 
@@ -303,7 +310,8 @@ def test_the_table_of_a_gpu(tmp_path: Path) -> None:
         lines = [facts | {"id": day, "date": day}, *more]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / folder / "results.jsonl").write_text(text, encoding="utf-8")
-    run = pages.newest(tmp_path)
+    assert pages.newest(tmp_path).name == "new"
+    run = pages.Results(compare.read_run(tmp_path / "new"))
     assert run.facts["date"] == "2026-01-02"
     table = pages.gpu(run)
     assert "2026-01-02 on an A GPU, torch 2, Triton 3, bfloat16; a matrix product reached 700 TFLOP/s" in table
