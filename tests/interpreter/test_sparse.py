@@ -274,14 +274,18 @@ def test_not_a_number_stays_where_it_is_seen() -> None:
     assert torch.equal(dirty[:, :, keep], clean[:, :, keep])
 
 
-def test_offsets_beyond_32_bits() -> None:
-    """Rows 2³¹ elements apart, in memory never touched: a 32-bit product would read elsewhere."""
+@pytest.mark.parametrize("size", [(3, 6), (9, 2)], ids=str)
+def test_offsets_beyond_32_bits(size: tuple[int, int]) -> None:
+    """Rows 2³¹ / 16 elements apart, in memory never touched: a product of 32 bits would read elsewhere.
+
+    In 9 rows of 2 a tile begins at token 16; in 3 rows of 6 such tokens are inside a tile.
+    """
     step = 2**31 // 16 + 8
     storage = torch.empty(17 * step + 16, dtype=torch.float16)
     x = storage.as_strided((1, 1, 18, 16), (0, 0, step, 1))
     small = testing.make_input((1, 1, 18, 16), dtype=torch.float16, seed=1)
     x.copy_(small)
-    groups = [(layouts.row_column(3, 6).key, [0])]
+    groups = [(layouts.row_column(*size).key, [0])]
     wanted, lse = launch_sparse_forward(small, small, small, groups, scale=0.25, config=SMALL)
     got, _ = launch_sparse_forward(x, x, x, groups, scale=0.25, config=SMALL)
     assert torch.equal(got, wanted)

@@ -141,6 +141,27 @@ MUTANTS = (
         "test_offsets_beyond_32_bits",
     ),
     Mutant(
+        "sparse: 32-bit row offsets backward",
+        "sparse_backward.py",
+        "i = tl.cast(token, tl.int64)",
+        "i = token",
+        "test_offsets_beyond_32_bits",
+    ),
+    Mutant(
+        "sparse: 32-bit offsets in a tile",
+        "sparse_forward.py",
+        "k_offset = inner.to(tl.int64)",
+        "k_offset = inner",
+        "test_offsets_beyond_32_bits",
+    ),
+    Mutant(
+        "sparse: 32-bit offsets in a tile backward",
+        "sparse_backward.py",
+        "q_offset = inner.to(tl.int64)",
+        "q_offset = inner",
+        "test_offsets_beyond_32_bits",
+    ),
+    Mutant(
         "sparse: earlier parts of dK forgotten",
         "sparse_backward.py",
         "if PartialDK is not None:",
