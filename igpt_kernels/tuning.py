@@ -21,7 +21,7 @@ FAMILIES: Mapping[tuple[int, int], str] = {
     (8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
 }  # fmt: skip
 """Compute capability -> table. Others (8.6, 8.9: 99 KiB of shared memory) take the default. That of 12.0 differs from it in
-three float32 entries, which spill there."""
+entries that spill there."""
 AMD = "amd"
 """The table of AMD chips that have none of their own; `AMD_CHIPS` are those that it was compiled for."""
 AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
