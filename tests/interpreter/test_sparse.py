@@ -129,6 +129,16 @@ def test_descriptors_yield_to_pointers(kind: str) -> None:
         compare(*some, layout.prefix(tokens), config=config)
 
 
+def test_an_odd_address_yields_to_pointers() -> None:
+    config = Config(16, 16, 4, 1, descriptors=True)
+    aligned = inputs(30, 24, torch.float16, layout="contiguous")
+    odd = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in aligned]  # strides of 16 bytes, as before
+    for number in range(3):
+        some = [odd[i] if i == number else x for i, x in enumerate(aligned)]
+        assert not read_by(config, some, [(8, 8)] * 3, [6] * 3, (16, 0))[0]
+    compare(*odd, layouts.local2d(5, 6, 2), config=config)
+
+
 @pytest.mark.parametrize("head_dim", [24, 72])
 def test_what_pointers_read_may_have_any_strides(head_dim: int) -> None:
     # Up to head dim 64 only keys and values are boxes for dQ, so a gradient of a sum, with strides 0, does not forbid them.

@@ -58,6 +58,13 @@ MUTANTS = (
         "test_descriptors_yield_to_pointers",
     ),
     Mutant(
+        "sparse: descriptors at an odd address",
+        "descriptors.py",
+        "if view is None or x.data_ptr() % ALIGNMENT:",
+        "if view is None:",
+        "test_an_odd_address_yields_to_pointers",
+    ),
+    Mutant(
         "sparse: mask ignored", "sparse_forward.py", "        if mask >= 0:", "        if mask >= 1000000:", "test_patterns"
     ),
     Mutant(

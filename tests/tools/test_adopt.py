@@ -78,6 +78,17 @@ def test_the_command_names_what_is_wrong_and_writes_nothing(tmp_path: Path, caps
         assert not out.exists()
 
 
+def test_without_a_gpu_it_asks_for_what_a_gpu_would_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    good = plan(tmp_path / "good", row(SHIPPED, "a", 1.0))
+    for given in ([], ["--table", "sm_90"], ["--device", "x"]):
+        with pytest.raises(SystemExit):
+            adopt.main([str(good), *given])
+        assert "--device and --table must be given where no GPU is visible" in capsys.readouterr().err
+
+
 def test_what_ships_may_be_untimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = plan(tmp_path / "five", row(OTHER, "a", 1.0))
     assert adopt.main([str(path), "--table", "sm_90", "--device", "x", "--out", str(tmp_path / "x.json")]) == 0

@@ -137,6 +137,34 @@ def test_plots_have_lines_crosses_and_labels(tmp_path: Path) -> None:
     assert axes.get_ylabel() == "time (s)"
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "labels"),
+    [
+        ("median_s", (1.6e-3, 2.0e-2), {"2 ms", "5 ms", "10 ms", "20 ms"}),
+        ("median_s", (0.084, 0.085), {"50 ms", "100 ms"}),
+        ("median_s", (0.01, 100.0), {"100 ms", "1 s"}),
+        ("peak_bytes", (549 << 20, 805 << 20), {"512 MiB", "1 GiB"}),
+        ("peak_bytes", (4 << 10, 4 << 10), {"4 KiB"}),
+    ],
+)
+def test_every_axis_has_numbers_with_units(column: str, values: tuple[float, float], labels: set[str]) -> None:
+    from igpt.plots.curves import new_figure
+
+    axes = new_figure(5, 4).subplots()
+    rows = [row("flash", side, 1.0) | {column: value} for side, value in zip((32, 64), values, strict=True)]
+    plots._panel(axes, rows, column, "predicted", "what")
+    low, high = axes.get_ylim()
+    shown = {axes.yaxis.get_major_formatter()(tick) for tick in axes.get_yticks() if low <= tick <= high}
+    assert labels <= shown
+
+
+def test_making_lists_is_not_drawn_beside_attention() -> None:
+    built = [row("lists", side, 1.0) | {"suite": "sparse", "op": "build"} for side in (64, 256)]
+    dense = [row("flash", side, 1.0) for side in (64, 128)]
+    (name,) = (name for name in plots.panels(built + dense) if "build" in name)
+    assert plots.panels(built + dense)[name] == built
+
+
 def test_a_line_goes_through_batches_of_one_load() -> None:
     loads = [(32, 1), (32, 128), (64, 4), (64, 32), (128, 8)]
     rows = [row("flash", side, 1.0) | {"batch": batch, "tokens": side * side} for side, batch in loads]
