@@ -27,7 +27,7 @@ demo: env ## Pretrain on real digits, sample, complete, probe; writes runs/demo/
 	@$(BIN)/igpt demo --out runs/demo
 
 # One thread to a worker: two workers of two threads on two cores wait for each other's OpenMP teams, 5 times longer.
-test: env ## All tests (about twenty minutes on two cores, an estimate).
+test: env ## All tests (twenty minutes on two slow cores).
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} --dist worksteal --durations=25 --durations-min=5 tests
 	@$(MAKE) --no-print-directory test-hf
 
