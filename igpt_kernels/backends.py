@@ -96,11 +96,17 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "linear_cross_entropy": (
         _triton(
-            {"rows": "loss:launch_cross_entropy_forward", "rows_backward": "loss:launch_cross_entropy_backward"},
+            {
+                "rows": "loss:launch_cross_entropy_forward",
+                "rows_backward": "loss:launch_cross_entropy_backward",
+                "sum": "loss:launch_cross_entropy_sum",
+                "scale_": "loss:launch_cross_entropy_scale_",
+                "scaled": "loss:launch_cross_entropy_scaled",
+            },
             min_size=2,
             max_size=8192,
         ),
-        _torch({"rows": "loss:cross_entropy_rows", "rows_backward": "loss:cross_entropy_rows_backward"}),
+        _torch({step: f"loss:cross_entropy_{step}" for step in ("rows", "rows_backward", "sum", "scale_", "scaled")}),
         _REFERENCE,
     ),
     "palette_lookup": (

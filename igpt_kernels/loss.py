@@ -47,14 +47,14 @@ def linear_cross_entropy(
         BackendUnavailable: the backend asked for cannot run, with its reasons.
         RuntimeError: in a second derivative; only the reference has one.
 
-    Under torch.autocast hidden and weight are cast to its dtype; the loss stays float32. Sums are float32 whatever the dtype
-    (the torch backend rounds logits to it, as a linear layer does). Deterministic, bit for bit. Triton's float32 logits are
-    true float32; the two products of its backward pass follow torch's setting for TF32, which is off by default.
+    Under torch.autocast hidden and weight are cast to its dtype; the loss stays float32. Sums are float32 whatever the dtype.
+    Logits are rounded to it, as a linear layer does; but not where Triton makes no gradients. Deterministic, bit for bit.
+    In float32, products follow torch's setting for TF32, which is off by default; those of Triton's kernel are true float32.
 
-    Cost: 2·M·C·V floating point operations, M rows, and twice that backward (Triton computes the logits again: three times;
-    torch makes both gradients in the forward pass of ``"mean"`` and ``"sum"``, where grad mode is on; and in that of every
-    further backward call). Memory beyond inputs and gradients: 4 MiB of logits on the CPU, 16 MiB on a GPU (twice that in
-    float32); float32 sums of weight's gradient, and a few values a row.
+    Cost: 2·M·C·V floating point operations, M rows, and twice that for the gradients. Where grad mode is on, ``"mean"`` and
+    ``"sum"`` make those in the forward pass, and in every further backward call. ``"none"`` computes the logits again in the
+    backward pass, three times 2·M·C·V. Memory beyond inputs and gradients: logits, 4 MiB on the CPU, 32 MiB on a GPU (twice
+    that in float32); sums of weight's gradient in float32, on a GPU 9 MB and more; a few values a row.
     """
     hidden, weight = autocast(hidden, weight)
     hidden, weight, target = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)
@@ -66,12 +66,11 @@ def linear_cross_entropy(
         )
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    if chosen == "torch" and reduction != "none" and any(needed):
-        # One number's gradient: scaling dhidden by it costs less than computing the logits again, 14 times less on a CPU.
-        total = ops.cross_entropy_sum(rows, weight, labels, ignore_index, z_loss, *needed)[0]
-    else:
-        loss = ops.cross_entropy_rows(rows, weight, labels, ignore_index, z_loss, chosen)[0]
-        if reduction == "none":
-            return loss.view(target.shape)
-        total = loss.sum()
+    if reduction != "none" and any(needed):
+        # One number's gradient: three products. Every row's own wants the logits again in the backward pass: four.
+        return ops.cross_entropy_sum(rows, weight, labels, ignore_index, z_loss, reduction == "mean", *needed, chosen)[0]
+    loss = ops.cross_entropy_rows(rows, weight, labels, ignore_index, z_loss, chosen)[0]
+    if reduction == "none":
+        return loss.view(target.shape)
+    total = loss.sum()
     return total if reduction == "sum" else total / (labels != ignore_index).sum()

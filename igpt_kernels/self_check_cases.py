@@ -158,14 +158,23 @@ def _gelu(load: Load, dtype: torch.dtype, size: int, device: torch.device) -> No
     _compare([load("forward")(there, bias.to(device))], gradients, oracle, [x, bias], grad, output_floor=1.0, floor=floor)
 
 
-def _loss(load: Load, dtype: torch.dtype, size: int, device: torch.device) -> None:
+def _rows_and_classes(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight and target on the CPU; some rows do not count."""
     width = 512
     hidden, weight = _values(ROWS, width, dtype=dtype, seed=0), _values(size, width, dtype=dtype, seed=1) / math.sqrt(width)
     target = torch.randint(size, (ROWS,), generator=torch.Generator("cpu").manual_seed(2), device="cpu")
     target[::7] = IGNORED
+    return hidden, weight, target
+
+
+_TF32 = 2**13
+"""Torch's products may follow its setting for TF32, which rounds to 2⁻¹¹ where float32 rounds to 2⁻²⁴."""
+
+
+def _loss_rows(load: Load, dtype: torch.dtype, size: int, device: torch.device) -> None:
+    hidden, weight, target = _rows_and_classes(dtype, size)
     grad = _values(ROWS, dtype=torch.float32, seed=3)
-    # The products behind the kernel follow torch's setting for TF32, which rounds to 2^-11.
-    floor = 4 * float(grad.abs().max()) * (2**13 if dtype == torch.float32 else 1)
+    floor = 4 * float(grad.abs().max()) * (_TF32 if dtype == torch.float32 else 1)
 
     def oracle(hidden: Tensor, weight: Tensor) -> Tensor:
         return reference.linear_cross_entropy_reference(hidden, weight, target, reduction="none")
@@ -177,6 +186,23 @@ def _loss(load: Load, dtype: torch.dtype, size: int, device: torch.device) -> No
     _compare([loss], gradients, oracle, [hidden, weight], grad, output_floor=output_floor, floor=floor)
 
 
+def _loss_mean(load: Load, dtype: torch.dtype, size: int, device: torch.device) -> None:
+    hidden, weight, target = _rows_and_classes(dtype, size)
+    counting = int((target != IGNORED).sum())
+    wide = _TF32 if dtype == torch.float32 else 1
+
+    def oracle(hidden: Tensor, weight: Tensor) -> Tensor:
+        return reference.linear_cross_entropy_reference(hidden, weight, target)
+
+    loss, dhidden, dweight = load("sum")(*(x.to(device) for x in (hidden, weight, target)), IGNORED, 0.0, True, True, True)
+    factor = torch.full((), 3.0 / (counting if dtype == torch.float16 else 1), device=device)
+    load("scale_")(dhidden, factor)
+    gradients = [dhidden, load("scaled")(dweight, factor, dtype)]
+    output_floor = testing.largest_logit(hidden, weight) * wide
+    grad = torch.tensor(3.0)
+    _compare([loss], gradients, oracle, [hidden, weight], grad, output_floor=output_floor, floor=12.0 / counting * wide)
+
+
 CASES: dict[tuple[str, str], Callable[[Load, torch.dtype, int, torch.device], None]] = {
     ("flash_attention", "forward"): _dense,
     ("block_sparse_attention", "forward"): _sparse,
@@ -184,6 +210,7 @@ CASES: dict[tuple[str, str], Callable[[Load, torch.dtype, int, torch.device], No
     ("decode_attention", "sparse"): _sparse_decode,
     ("rms_norm", "forward"): _norm,
     ("quick_gelu", "forward"): _gelu,
-    ("linear_cross_entropy", "rows"): _loss,
+    ("linear_cross_entropy", "rows"): _loss_rows,
+    ("linear_cross_entropy", "sum"): _loss_mean,
 }
 """(operation, step) -> its case, which raises AssertionError where a kernel is wrong, forward or backward."""

@@ -234,7 +234,11 @@ def compare_loss(
     largest = testing.largest_logit(hidden, weight)
     # A logit of size S is known to eps·S of float32, and so is its exponential.
     size = max(1.0, largest) if hidden.dtype == torch.float32 else 1.0
-    floor = size * max(1.0, float(grad.abs().max()) if grad.numel() else 0.0)
+    upstream = float(grad.abs().max()) if grad.numel() else 0.0
+    if reduction == "mean":
+        floor = size * upstream / max(1, int((target != ignore_index).sum()))
+    else:
+        floor = size * max(1.0, upstream)
     logits = max(8.0, largest)
     return compare(
         ours, oracle, [hidden, weight], [grad], guarded=guarded, output_floors=(logits, logits), gradient_floor=floor

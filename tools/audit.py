@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,6 +162,9 @@ def compile_only(
             driver.reset_active()  # where there is no GPU there is no driver to go back to
 
 
+BESIDE = {"cross_entropy_gradient": 2}
+"""Narrow moves that are not the tile's: a row's target and gradient, and its loss. They are no more than the wide ones and one,
+as a thread has at least 16 bytes of each row."""
 ROWS = 256
 """Rows or tokens of the tensors that launchers are called with: a multiple of 16, as sizes of images are."""
 
@@ -242,7 +245,8 @@ def audit(
             problems += used.problems(product=product)
             if mover:
                 persistent = chosen.num_stages if short.endswith("backward") else 1
-                problems += used.mover_problems(chosen.num_warps, persistent, shared, target.shared)
+                moves = replace(used, narrow=used.narrow - BESIDE.get(short, 0))
+                problems += moves.mover_problems(chosen.num_warps, persistent, shared, target.shared)
             counts = (used.registers, used.spills, shared, 0, used.mfma, 0, used.wide, used.narrow)
             rows.append(Row(chip, short, bits, size, sizes, *counts, tuple(problems), used.accumulators))
             continue
@@ -263,7 +267,7 @@ def audit(
                 seen = speed.look(code, kernel, size, chosen, registers, shared)
                 problems += seen.problems
         if mover:
-            problems += mover_problems(short, chosen, registers, wide, narrow)
+            problems += mover_problems(short, chosen, registers, wide, narrow - BESIDE.get(short, 0))
         if not aligned or (bits == 16 and timed(target.table, kernel, size) and config is None):
             # A spill is a guess, a time is not.
             notes = [problem for problem in problems if not any(always in problem for always in ALWAYS)]

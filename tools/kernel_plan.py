@@ -324,7 +324,7 @@ def row_kernels() -> Iterator[dict[str, object]]:
 def row_candidates(kernel: str, shipped: Config) -> list[Config]:
     """Neighbours of what ships: half and twice the rows, warps, stages or programs."""
     m, n, w, s = shipped.block_m, shipped.block_n, shipped.num_warps, shipped.num_stages
-    if kernel.startswith("cross_entropy"):
+    if KERNELS[kernel].kind == "product":
         tiles = [(128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 8, 4), (64, 256, 8, 3), (64, 256, 4, 3), (64, 128, 4, 4)]
         return [Config(*values) for values in tiles]
     near = [(2 * m, n, w, s), (2 * m, n, 2 * w, s), (m, n, 2 * w, s), (m, n, max(1, w // 2), s)]

@@ -355,12 +355,17 @@ def _loss_forward(inputs: Inputs) -> Call:
     return lambda config, _: [loss.launch_cross_entropy_forward(hidden, weight, target, IGNORE_INDEX, 0.0, config=config)[0]]
 
 
-def _loss_backward(inputs: Inputs) -> Call:
+def _loss_gradient(inputs: Inputs) -> Call:
+    """The gradients of a mean, which is what `_loss_inputs` asks for, and what scales them."""
     hidden, weight, target, grad = _present(inputs)
-    _, lse = loss.launch_cross_entropy_forward(hidden, weight, target, IGNORE_INDEX, 0.0)
-    return lambda config, _: list(
-        loss.launch_cross_entropy_backward(grad, hidden, weight, target, lse, IGNORE_INDEX, 0.0, config=config)
-    )
+    one = torch.ones((), device=grad.device)
+
+    def call(config: Config | None, _: Config | None) -> list[Tensor]:
+        made = loss.launch_cross_entropy_sum(hidden, weight, target, IGNORE_INDEX, 0.0, True, config=config)
+        loss.launch_cross_entropy_scale_(made[1], one)
+        return [made[1], loss.launch_cross_entropy_scaled(made[2], one, weight.dtype)]
+
+    return call
 
 
 def _together(found: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -485,7 +490,9 @@ KERNELS = {
         _activation_candidates(True), True,
     ),
     "cross_entropy_forward": Kernel(LOSS, ("cross_entropy_forward",), "product", _loss_forward, _loss_candidates),
-    "cross_entropy_backward": Kernel(LOSS, ("cross_entropy_backward",), "product", _loss_backward, _loss_candidates, True),
+    "cross_entropy_gradient": Kernel(
+        LOSS, ("cross_entropy_gradient", "cross_entropy_scale"), "rows", _loss_gradient, _norm_candidates(False), True
+    ),
 }  # fmt: skip
 """Entry of the tables of configurations -> the kernel."""
 

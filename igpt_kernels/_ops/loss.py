@@ -1,7 +1,7 @@
 """The registered operators of the loss. Kernels are imported only when one is launched.
 
 Two ways to the gradients. `cross_entropy_rows` gives every row's loss and computes the logits again in its backward pass;
-`cross_entropy_sum` gives their sum and makes the gradients beside it. `igpt_kernels.loss` says when which is taken.
+`cross_entropy_sum` gives their sum or mean and makes the gradients beside it. `igpt_kernels.loss` says when which is taken.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ def _rows_backward_fake(
 
 
 def _sum_fake(
-    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, z_loss: float, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, z_loss: float, mean: bool, need_hidden: bool,
+    need_weight: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = accumulation_dtype(hidden.dtype)
     dhidden, dweight = _gradients_fake(hidden, weight, need_hidden, need_weight)
     return hidden.new_empty((), dtype=dtype), dhidden, dweight.to(dtype)
 
 
-def _scaled_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def _scale_fake(gradient: Tensor, factor: Tensor) -> None:
+def _scale_fake(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """Changes values only."""
 
 
@@ -85,19 +86,21 @@ def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     The buffers are consumed; a second backward (retain_graph=True) recomputes them.
     """
     if grad is None:
-        return (None,) * 7
-    need_hidden, need_weight = ctx.how[2:]
+        return (None,) * 9
+    ignore_index, _, mean, need_hidden, need_weight, backend = ctx.how
     made, ctx.made = ctx.made, None
     with torch.no_grad():
         dhidden, dweight = cross_entropy_sum(*ctx.saved_tensors, *ctx.how)[1:] if made is None else made
-    dtype = dhidden.dtype
+    dtype, factor = dhidden.dtype, grad
+    if mean and not torch_loss.mean_is_folded(dtype):
+        factor = grad / torch_loss.rows_that_count(ctx.saved_tensors[2], ignore_index, grad.dtype, mean)
     # Where a graph is made of this: one to differentiate again, which is an error, or one that torch.compile traces.
     if torch.is_grad_enabled() or type(grad) is not Tensor:
-        dhidden = cross_entropy_scaled(dhidden, grad, dtype)
+        dhidden = cross_entropy_scaled(dhidden, factor, dtype, backend)
     else:
-        cross_entropy_scale_(dhidden, grad)
-    dweight = cross_entropy_scaled(dweight, grad, dtype)
-    return dhidden if need_hidden else None, dweight if need_weight else None, None, None, None, None, None
+        cross_entropy_scale_(dhidden, factor, backend)
+    dweight = cross_entropy_scaled(dweight, factor, dtype, backend)
+    return dhidden if need_hidden else None, dweight if need_weight else None, *(None,) * 7
 
 
 def _product(hidden: torch.Size, weight: torch.Size) -> int:
@@ -118,8 +121,8 @@ def _rows_backward_flops(
 
 
 def _sum_flops(
-    hidden: torch.Size, weight: torch.Size, target: torch.Size, ignore_index: int, z_loss: float, need_hidden: bool,
-    need_weight: bool, **shapes: object,
+    hidden: torch.Size, weight: torch.Size, target: torch.Size, ignore_index: int, z_loss: float, mean: bool,
+    need_hidden: bool, need_weight: bool, backend: str, **shapes: object,
 ) -> int:  # fmt: skip
     """2·M·C·V for the logits, and as much for each gradient, all of it in the forward pass."""
     return (1 + need_hidden + need_weight) * _product(hidden, weight)
@@ -143,20 +146,22 @@ cross_entropy_rows_backward = register(
     flops=_rows_backward_flops,
 )
 cross_entropy_sum = register(
-    "cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, int ignore_index, float z_loss, bool need_hidden,"
-    " bool need_weight) -> (Tensor loss, Tensor dhidden, Tensor dweight)",
-    torch_loss.cross_entropy_sum,
+    "cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, int ignore_index, float z_loss, bool mean,"
+    " bool need_hidden, bool need_weight, str backend) -> (Tensor loss, Tensor dhidden, Tensor dweight)",
+    dispatch("linear_cross_entropy", "sum"),
     _sum_fake,
     save=_save_sum,
     backward=_sum_gradients,
     flops=_sum_flops,
 )
 cross_entropy_scaled = register(
-    "cross_entropy_scaled(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor",
-    torch_loss.cross_entropy_scaled,
+    "cross_entropy_scaled(Tensor gradient, Tensor factor, ScalarType dtype, str backend) -> Tensor",
+    dispatch("linear_cross_entropy", "scaled"),
     _scaled_fake,
     second="linear_cross_entropy",
 )
 cross_entropy_scale_ = register(
-    "cross_entropy_scale_(Tensor(a!) gradient, Tensor factor) -> ()", torch_loss.cross_entropy_scale_, _scale_fake
+    "cross_entropy_scale_(Tensor(a!) gradient, Tensor factor, str backend) -> ()",
+    dispatch("linear_cross_entropy", "scale_"),
+    _scale_fake,
 )

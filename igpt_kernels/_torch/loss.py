@@ -1,7 +1,7 @@
 """Cross-entropy of a linear layer by torch, some rows at a time: the logits of no more than those are in memory.
 
-When only the summed loss is differentiated, gradients are computed in the forward pass, while the logits are in memory. The
-backward pass multiplies them by the sum's own gradient. That takes three products instead of four.
+A sum or a mean makes its gradients in the forward pass, while the logits are in memory. The backward pass multiplies them by
+that number's own gradient. So there are three products instead of four.
 """
 
 from __future__ import annotations
@@ -13,23 +13,54 @@ from igpt_kernels.tensors import accumulation_dtype
 
 
 def rows_at_once(vocab: int, device: torch.device) -> int:
-    """Rows whose logits are in memory together: 2²⁰ logits on the CPU (4 MiB of float32), 2²³ on a GPU (16 MiB of bfloat16).
+    """Rows whose logits are in memory together: 2²⁰ logits on the CPU (4 MiB of float32), 2²⁴ on a GPU (32 MiB of bfloat16).
 
-    So few that they stay in a cache (50 MB of L2 in an H100); so many that products and launches are worth it: 16,384
-    rows of 512 classes are two waves of 128 x 256 tiles on 132 multiprocessors.
+    So few that they stay in a cache (50 MB of L2 in an H100); so many that launches take less time than what they launch.
+    Of 512 classes a part is 32,768 rows, three products of 17 GFLOP. Parts of half that size cost 100 µs each on an H100,
+    and Python took as long.
     """
-    return max(64, (1 << (20 if device.type == "cpu" else 23)) // vocab)
+    return max(64, (1 << (20 if device.type == "cpu" else 24)) // vocab)
+
+
+def mean_is_folded(dtype: torch.dtype) -> bool:
+    """Whether gradients made beside a mean have its 1/M in them; float16 does not hold 2⁻¹⁸ of a probability."""
+    return dtype != torch.float16
+
+
+def splits_of(rows: int, values: int, multiprocessors: int) -> int:
+    """Into how many groups the rows of ``aᵀ·b`` go: one for every 128 x 128 tile of multiprocessors left without work.
+
+    A product of [512,R] and [R,512] has 16 such tiles for the 132 multiprocessors of an H100. Groups have 256 rows or more.
+    """
+    return max(1, min(rows // 256, multiprocessors * 128 * 128 // values))
+
+
+def product_over_rows(a: Tensor, b: Tensor, splits: int, out_dtype: torch.dtype) -> Tensor:
+    """``aᵀ·b`` in `out_dtype`, of a [R,V] and b [R,C]: `splits` groups of rows side by side, then added in one order."""
+    size = a.shape[0] // splits
+    whole = size * splits
+    left, right = (x[:whole].unflatten(0, (splits, size)) for x in (a, b))
+    left = left.transpose(1, 2)
+    wide = a.dtype != out_dtype
+    parts = torch.bmm(left, right, out_dtype) if wide else torch.bmm(left, right)
+    total = parts[0] if splits == 1 else parts.sum(0)
+    if whole < a.shape[0]:
+        rest = a[whole:].t(), b[whole:]
+        total += torch.mm(*rest, out_dtype) if wide else torch.mm(*rest)
+    return total
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in `accumulation_dtype`, without rounding to half dtypes on the way.
+    """``total += aᵀ·b`` in `accumulation_dtype`, without rounding to half dtypes on the way; a [R,V], b [R,C].
 
-    Products write into a tensor, here and below, because those that make one are autocast, whatever calls them.
+    Products write into a tensor, here and below, because those that make one are autocast, whatever calls them. Those with an
+    `out_dtype` are not.
     """
     if a.dtype in (torch.float16, torch.bfloat16) and a.is_cuda:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        multiprocessors = torch.cuda.get_device_properties(a.device).multi_processor_count
+        total += product_over_rows(a, b, splits_of(a.shape[0], total.numel(), multiprocessors), torch.float32)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -77,7 +108,7 @@ class _Gradients:
         """Take in the gradient of the logits of `rows`, in `accumulation_dtype`."""
         some = self.hidden[rows]
         if self.need_weight:
-            add_product(self.dweight, dlogits.t(), some)
+            add_product(self.dweight, dlogits, some)
         if self.need_hidden:
             torch.mm(dlogits.to(some.dtype), self.weight, out=self.dhidden[rows])
 
@@ -124,29 +155,40 @@ def cross_entropy_sum(
     target: Tensor,
     ignore_index: int,
     z_loss: float,
+    mean: bool,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``igpt_kernels::cross_entropy_sum``: the sum of all rows' losses, and its gradients.
+    """The operator ``igpt_kernels::cross_entropy_sum``: the sum or mean of all rows' losses, and its gradients.
 
-    dweight is in `accumulation_dtype`: what will multiply both is not known yet, and float16 would not hold every sum.
+    dweight is in `accumulation_dtype`: what will multiply both is not known yet, and float16 would not hold every sum. The
+    gradients of a mean are those of the sum where its 1/M is not folded in: see `mean_is_folded`.
     """
     gradients = _Gradients(hidden, weight, need_hidden, need_weight)
     loss = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    count = rows_that_count(target, ignore_index, loss.dtype, mean)
+    factor = count.reciprocal() if mean_is_folded(hidden.dtype) else torch.ones_like(count)
     for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
         p = _logits(hidden[part], weight)
         loss[part], lse, sums = _exponentials(p, target[part], ignore_index, z_loss)
-        p.mul_(((1.0 + 2.0 * z_loss * lse) / sums)[:, None])
-        gradients.add(part, _subtract_target(p, torch.ones_like(sums), target[part], ignore_index))
-    return loss.sum(), gradients.dhidden, gradients.dweight
+        p.mul_((factor * (1.0 + 2.0 * z_loss * lse) / sums)[:, None])
+        gradients.add(part, _subtract_target(p, factor.expand_as(sums), target[part], ignore_index))
+    return loss.sum() / count, gradients.dhidden, gradients.dweight
+
+
+def rows_that_count(target: Tensor, ignore_index: int, dtype: torch.dtype, mean: bool) -> Tensor:
+    """What the sum of the rows' losses is divided by, a number: the rows that count in a mean (0 where none does), else 1."""
+    return (target != ignore_index).sum().to(dtype) if mean else torch.ones((), dtype=dtype, device=target.device)
 
 
 def cross_entropy_scale_(gradient: Tensor, factor: Tensor) -> None:
-    """The operator ``igpt_kernels::cross_entropy_scale_``: a gradient of the sum times that of the sum, a number, in place.
+    """The operator ``igpt_kernels::cross_entropy_scale_``: a gradient of one number times that number's own, in place.
 
     What is 0 stays 0, as the mean over no row at all has the gradient inf. Half dtypes are multiplied in float32, which holds
-    every factor; a GPU would round it first.
+    every factor; a GPU would round it first. On the CPU nothing is done where the factor is 1.
     """
+    if not factor.is_cuda and float(factor) == 1.0:
+        return
     masked = factor.is_cuda or not bool(torch.isfinite(factor))  # a GPU would have to be waited for
     for part in _parts(gradient.shape[0], gradient.shape[1], gradient.device):
         some = gradient[part]

@@ -86,8 +86,24 @@ def test_some_rows_at_a_time(step: int, z_loss: float, reduction: str, monkeypat
 def test_rows_at_once() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert torch_loss.rows_at_once(512, cpu) == 2048
-    assert torch_loss.rows_at_once(512, gpu) == 16384
+    assert torch_loss.rows_at_once(512, gpu) == 32768
     assert torch_loss.rows_at_once(10**6, cpu) == 64
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 16, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_product_over_rows_in_groups(dtype: torch.dtype, splits: int) -> None:
+    """Rows that no group takes are not left out; row strides as the launcher has them."""
+    a, b = (testing.make_input((1, 1, 50, n), dtype=dtype, seed=n, memory="offset")[0, 0] for n in (9, 12))
+    got = torch_loss.product_over_rows(a, b, splits, dtype)
+    torch.testing.assert_close(got, a.t() @ b)
+
+
+def test_groups_give_every_multiprocessor_a_tile() -> None:
+    assert torch_loss.splits_of(32768, 512 * 512, 132) == 8
+    assert torch_loss.splits_of(32768, 512 * 1536, 132) == 2
+    assert torch_loss.splits_of(1000, 512 * 512, 132) == 3  # 256 rows or more
+    assert torch_loss.splits_of(100, 512 * 512, 132) == torch_loss.splits_of(32768, 2048 * 2048, 132) == 1
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -231,7 +247,7 @@ def test_memory_does_not_grow_with_rows_times_classes() -> None:
     with Largest() as seen:
         _, lse = torch_loss.cross_entropy_rows(hidden, weight, target, -100, 0.0)
         torch_loss.cross_entropy_rows_backward(torch.ones(rows), hidden, weight, target, lse, -100, 0.0, True, True)
-        _, dhidden, dweight = torch_loss.cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True)
+        _, dhidden, dweight = torch_loss.cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True, True)
         torch_loss.cross_entropy_scale_(dhidden, torch.ones(()))
         torch_loss.cross_entropy_scaled(dweight, torch.ones(()), torch.float32)
     assert seen.values == 1 << 20

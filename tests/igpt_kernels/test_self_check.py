@@ -38,6 +38,8 @@ class Kernels:
         def run(*arguments: Any) -> Any:
             self.calls += 1
             found = function(*arguments)
+            if found is None:  # a step that works in place
+                return None
             return (found[0] + self.error, *found[1:]) if isinstance(found, tuple) else found + self.error
 
         return run

@@ -3,8 +3,8 @@
 Each tensor argument gets addresses of its own, far from all others, that exist only here. An access is looked up before it is
 made: it must lie on an element of the view that was passed (not merely in its allocation: a gap between two rows is outside),
 reached from the pointer of that argument. And the programs of a launch run in no order, so none may touch what
-another has written, and no element is written twice. Nor may a program store to what it has loaded: the warps of a
-program run in no order either, and a layout of registers may hold one element in several warps.
+another has written, and no element is written twice. Nor may a program store to what it has loaded, unless a barrier stands
+between: the warps of a program run in no order either, and a layout of registers may hold one element in several warps.
 """
 
 from __future__ import annotations
@@ -74,7 +74,13 @@ class Cells:
     def __init__(self, size: int) -> None:
         self.reader: npt.NDArray[np.int32] | None = None
         self.writer: npt.NDArray[np.int32] | None = None
+        self.unordered: npt.NDArray[np.bool_] | None = None
         self.size = size
+
+    def barrier(self, program: int) -> None:
+        """Note that every warp of a program has made its loads: the program may store there from now on."""
+        if self.reader is not None and self.unordered is not None:
+            self.unordered[self.reader == program] = False
 
     def read(self, places: npt.NDArray[np.int64], program: int, names: str) -> None:
         """Note a load; none may follow a store of this launch, for nothing orders the two."""
@@ -82,8 +88,10 @@ class Cells:
             raise MemoryFault(f"{names}: program {program} loads what this launch has stored")
         if self.reader is None:
             self.reader = np.full(self.size, NONE, np.int32)
+            self.unordered = np.zeros(self.size, np.bool_)
         before = self.reader[places]
         self.reader[places] = np.where((before == NONE) | (before == program), program, MANY)
+        self.unordered[places] = True
 
     def write(self, places: npt.NDArray[np.int64], program: int, names: str) -> None:
         """Note a store; none may follow another, nor a load."""
@@ -94,9 +102,11 @@ class Cells:
         self.writer[places] = program
         if np.bincount(places - places.min()).max() > 1:
             raise MemoryFault(f"{names}: program {program} stores two values of one tile to one place")
-        if self.reader is not None and (self.reader[places] != NONE).any():
-            other = "another loads" if (~np.isin(self.reader[places], (NONE, program))).any() else "it has loaded"
-            raise MemoryFault(f"{names}: program {program} stores to what {other}")
+        if self.reader is not None and self.unordered is not None:
+            if (~np.isin(self.reader[places], (NONE, program))).any():
+                raise MemoryFault(f"{names}: program {program} stores to what another loads")
+            if (self.unordered[places] & (self.reader[places] == program)).any():
+                raise MemoryFault(f"{names}: program {program} stores to what it has loaded, with no barrier between")
 
 
 class Launch:
@@ -138,11 +148,21 @@ class Launch:
             if at not in self.cells:
                 self.cells[at] = Cells(storage.nbytes() // argument.bytes)
             places += (argument.tensor.data_ptr() - at) // argument.bytes
-            _, height, depth = interpreter.interpreter_builder.grid_dim
-            x, y, z = interpreter.interpreter_builder.grid_idx
             note = self.cells[at].write if store else self.cells[at].read
-            note(places, (x * height + y) * depth + z, argument.names)
+            note(places, self.program(), argument.names)
         return everywhere + argument.moved
+
+    @staticmethod
+    def program() -> int:
+        """The number of the program that runs."""
+        _, height, depth = interpreter.interpreter_builder.grid_dim
+        x, y, z = interpreter.interpreter_builder.grid_idx
+        return int((x * height + y) * depth + z)
+
+    def barrier(self) -> None:
+        """What the program that runs has loaded comes before what it does next."""
+        for cells in self.cells.values():
+            cells.barrier(self.program())
 
 
 @contextmanager
@@ -187,6 +207,9 @@ def watched() -> Iterator[Counter[str]]:
         real = launches[-1].real(pointers, mask, store=True)
         return store(self, interpreter.TensorHandle(real, pointers.dtype), value, mask, *rest)
 
+    def barrier_watched(self: Any) -> None:
+        launches[-1].barrier()
+
     def refused(*_: Any) -> None:
         raise MemoryFault("an atomic operation: its order is not the same in every run")
 
@@ -196,6 +219,7 @@ def watched() -> Iterator[Counter[str]]:
             (interpreter, "_implicit_cvt", convert_watched),
             (builder, "create_masked_load", load_watched),
             (builder, "create_masked_store", store_watched),
+            (builder, "create_barrier", barrier_watched),
             (builder, "create_atomic_cas", refused),
             (builder, "create_atomic_rmw", refused),
         ):

@@ -22,6 +22,14 @@ def _copy_kernel(X, Out, n, shift, stride_x, stride_out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _in_place_kernel(X, n, shift, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + (at + shift) % n)
+    tl.debug_barrier()
+    tl.store(X + at, x + 1)
+
+
+@triton.jit
 def _reach_kernel(X, Other, Out, distance):
     tl.store(Out, tl.load(X + distance))
 
@@ -153,6 +161,16 @@ def test_a_program_that_stores_to_what_it_has_loaded_is_found() -> None:
     in_place = row()
     with pytest.raises(InterpreterError, match="program 0 stores to what it has loaded"):
         copied(in_place, in_place)  # each program its own part, but warps of a program run in no order
+
+
+def test_a_barrier_orders_the_warps_of_one_program_alone() -> None:
+    x = row(64)
+    _in_place_kernel[(4,)](x, 64, 0, BLOCK=16)
+    assert torch.equal(x, row(64) + 1)
+    with pytest.raises(InterpreterError, match="program 0 stores to what it has loaded"):
+        copied(x, x)  # without one
+    with pytest.raises(InterpreterError, match="program 1 stores to what another loads"):
+        _in_place_kernel[(4,)](x, 64, 16, BLOCK=16)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
