@@ -16,13 +16,16 @@ import torch
 
 FLUSH = 256 << 20
 """Bytes written before each timed call on a GPU: more than any L2 holds (H200: 60 MB)."""
-SHORT = 50e-6
-"""Seconds below which events time the launch as much as the work: then a CUDA graph is timed as well."""
+SHORT = 300e-6
+"""Seconds below which events may time Python and not the work: then a CUDA graph is timed as well.
+
+On an H100 a call of `flash_attention` with one small image took 109 µs by events, of which the kernel needs less than 10.
+"""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of single calls; `graph` is that of one call inside a CUDA graph, caches warm."""
+    """Seconds of single calls; `graph` is that of one call inside a CUDA graph."""
 
     samples: tuple[float, ...]
     graph: float | None = None
@@ -50,9 +53,12 @@ class Times:
         return row | ({} if self.graph is None else {"graph_s": float(f"{self.graph:.6g}")})
 
 
-def measure(run: Callable[[], object], device: str, budget: float) -> Times:
-    """Time `run`, which was called before, within about `budget` seconds: at least 2 calls on a CPU, 5 on a GPU."""
-    return gpu_times(run, budget) if device == "cuda" else cpu_times(run, budget)
+def measure(run: Callable[[], object], device: str, budget: float, *, cold: bool = False) -> Times:
+    """Time `run`, which was called before, within about `budget` seconds: at least 2 calls on a CPU, 5 on a GPU.
+
+    Single calls on a GPU find its L2 cache flushed. Those in a CUDA graph do only if `cold`.
+    """
+    return gpu_times(run, budget, cold=cold) if device == "cuda" else cpu_times(run, budget)
 
 
 @contextlib.contextmanager
@@ -96,7 +102,7 @@ def event_times(run: Callable[[], object], repeats: int, flush: torch.Tensor | N
     return [start.elapsed_time(end) for start, end in pairs]
 
 
-def gpu_times(run: Callable[[], object], budget: float) -> Times:
+def gpu_times(run: Callable[[], object], budget: float, *, cold: bool = False) -> Times:
     """GPU time of each call by events, the L2 cache flushed before each; and in a CUDA graph where it is short."""
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     with _uncollected():
@@ -105,7 +111,7 @@ def gpu_times(run: Callable[[], object], budget: float) -> Times:
             run()
         repeats = min(max(int(budget / max(first, 2e-4)), 5), 100)
         samples = [ms / 1e3 for ms in event_times(run, repeats, flush)]
-    graph = graph_time(run) if statistics.median(samples) < SHORT else None
+    graph = graph_time(run, flush if cold else None) if statistics.median(samples) < SHORT else None
     return Times(tuple(samples), graph)
 
 
@@ -129,10 +135,19 @@ def captured(run: Callable[[], object], calls: int) -> Callable[[], None]:
     return replay
 
 
-def graph_time(run: Callable[[], object], calls: int = 20) -> float | None:
-    """Seconds of a call inside a CUDA graph of `calls` of them; None where the call cannot be captured."""
+def graph_time(run: Callable[[], object], flush: torch.Tensor | None = None, calls: int = 20) -> float | None:
+    """Seconds of a call inside a CUDA graph of `calls` of them; None where the call cannot be captured.
+
+    With `flush`, that tensor is written before each call. The time of a graph that only writes it is taken off.
+    """
+
+    def seconds(call: Callable[[], object]) -> float:
+        return statistics.median(event_times(captured(call, calls), 20, None)) / 1e3 / calls
+
     try:
-        return statistics.median(event_times(captured(run, calls), 20, None)) / 1e3 / calls
+        if flush is None:
+            return seconds(run)
+        return max(0.0, seconds(lambda: (flush.zero_(), run())) - seconds(flush.zero_)) or None
     except RuntimeError:
         return None
 
@@ -159,6 +174,13 @@ def give_back_freed() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def bytes_of(result: object) -> int:
+    """Bytes of the tensors in what a call returned."""
+    if isinstance(result, torch.Tensor):
+        return result.nbytes
+    return sum(map(bytes_of, result)) if isinstance(result, (tuple, list)) else 0
 
 
 def peak_memory(run: Callable[[], object], device: str) -> tuple[int | None, Any]:

@@ -172,6 +172,7 @@ def measure(order: Job) -> Iterator[Message]:
     operation, method = plans.find(case)
     yield {"way": order.ways[0], "started": True}
     peaks: dict[str, int | None] = {}
+    returned: dict[str, int] = {}
     failed: dict[str, Message] = {}
     try:
         subject = method.make(case)
@@ -186,6 +187,7 @@ def measure(order: Job) -> Iterator[Message]:
                 if method.compiled:
                     work.calls[way]()
                 peaks[way], result = timing.peak_memory(work.calls[way], case.device)
+                returned[way] = timing.bytes_of(result)
                 del result
             except Exception as error:
                 failed[way] = failure(error)
@@ -204,13 +206,15 @@ def measure(order: Job) -> Iterator[Message]:
             yield {"way": way, **failed[way]}
             continue
         try:
-            times = timing.measure(work.calls[way], case.device, order.budget)
+            cost = operation.cost(case, way)
+            times = timing.measure(work.calls[way], case.device, order.budget, cold=cost.bound == "memory")
         except Exception as error:
             yield {"way": way, **failure(error)}
             continue
         row: Message = {"way": way, "status": "ok", "reason": "", **times.columns(), "peak_bytes": peaks.get(way)}
+        row["result_bytes"] = returned.get(way)
         row |= {"error_ratio": float(f"{ratio:.4g}"), "config": work.config, "clock_mhz": machine.clock_mhz(case.device)}
-        yield row | rates | _achieved(operation.cost(case, way), times, rates) | (work.facts or {})
+        yield row | rates | _achieved(cost, times, rates) | (work.facts or {})
 
 
 def _achieved(cost: Any, times: Any, rates: dict[str, float]) -> Message:

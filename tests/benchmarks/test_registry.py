@@ -20,7 +20,8 @@ from benchmarks.registry import RESOLUTIONS, Case
 
 OURS = ("flash", "sparse", "lists", "decode", "ours", "ext", "torch", "kernels")
 COLUMNS = {
-    "way status reason median_s p20_s p80_s n times_s peak_bytes error_ratio config clock_mhz matmul_tflops copy_gbs",
+    "way status reason median_s p20_s p80_s n times_s peak_bytes result_bytes error_ratio config clock_mhz",
+    "matmul_tflops copy_gbs",
     "flops bytes bound formula per count tflops gbs of_machine",
 }
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import plans
-from benchmarks.measure import worker
+from benchmarks.measure import timing, worker
 from benchmarks.measure.worker import PRELOADED, Limits, Outcome, run_child
 from tests.benchmarks import misbehave
 
@@ -89,3 +90,10 @@ def test_what_methods_load_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _raises(argument: object, send: object) -> None:
     print(1 / 0)
+
+
+def test_bytes_of_what_a_call_returned() -> None:
+    x = torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert timing.bytes_of(x) == 30
+    assert timing.bytes_of((x, [x.double()], None, 4)) == 150
+    assert timing.bytes_of(None) == 0
