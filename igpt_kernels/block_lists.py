@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_kernels.patterns import ANY, Box, Intersection, Part, Pattern, Union, split
+from igpt_kernels.patterns import ANY, UNBOUNDED, Box, Intersection, Part, Pattern, Union, split
 
 FULL = -1
 """Mask number of a pair of tiles that needs no mask."""
-_CHUNK = 1 << 22  # pairs evaluated at once: 4 MiB of bools
+_FEW = 16  # classes of pairs of tiles for which it costs less to look at their bits than to find those that are alike
+_CHUNK = 1 << 18  # pairs evaluated at once: their differences, 1 MiB each, stay in a cache
 
 
 class Layout(Protocol):
@@ -163,56 +164,82 @@ def _reach(low: np.ndarray, high: np.ndarray, interval: tuple[int, int]) -> np.n
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Tiles of one shape over a grid."""
+    """Tiles of one shape over a grid, numbered row by row."""
 
     pitch: int
     tokens: int
     rows: int
     cols: int
 
-    @property
+    @functools.cached_property
+    def grid_rows(self) -> int:
+        return -(-self.tokens // self.pitch)
+
+    @functools.cached_property
     def across(self) -> int:
         return -(-self.pitch // self.cols)
 
-    @property
+    @functools.cached_property
     def down(self) -> int:
-        grid_rows = -(-self.tokens // self.pitch)
-        return -(-grid_rows // self.rows)
+        return -(-self.grid_rows // self.rows)
 
     @property
     def count(self) -> int:
         return self.down * self.across
 
-    def elements(self, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n, rows·cols] of the tiles, and which of them exist."""
+    def first(self, tiles: np.ndarray) -> np.ndarray:
+        """Row and column of the first token of each of the tiles, int32 [n, 2]."""
+        table = np.empty((self.down, self.across, 2), dtype=np.int32)
+        table[:, :, 0] = (np.arange(self.down) * self.rows)[:, None]
+        table[:, :, 1] = np.arange(self.across) * self.cols
+        # Both numbers as one of 64 bits: NumPy takes single numbers from a table five times as fast as rows of two.
+        return table.view(np.int64).reshape(-1)[tiles].view(np.int32).reshape(-1, 2)
+
+    @functools.cached_property
+    def cut(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What exists of each tile: its elements, and a number that tiles of equal outline share; None where all are whole."""
+        if self.pitch % self.cols == 0 and self.tokens % self.pitch == 0 and self.grid_rows % self.rows == 0:
+            return None
+        rows = np.minimum(self.grid_rows - np.arange(self.down) * self.rows, self.rows)
+        cols = np.minimum(self.pitch - np.arange(self.across) * self.cols, self.cols)
+        sizes = rows[:, None] * cols
+        last = np.broadcast_to(cols, sizes.shape)  # elements of a tile's last row
+        if self.tokens % self.pitch:
+            last = last.copy()
+            last[-1] = np.clip(self.tokens % self.pitch - np.arange(self.across) * self.cols, 0, cols)
+            sizes[-1] += last[-1] - cols
+        outline = (rows[:, None] * (self.cols + 1) + cols) * (self.cols + 1) + last
+        return sizes.reshape(-1), np.unique(outline.reshape(-1), return_inverse=True)[1].reshape(-1)
+
+    def sizes(self, tiles: np.ndarray) -> np.ndarray:
+        """How many elements of each of the tiles exist."""
+        return np.full(len(tiles), self.rows * self.cols) if self.cut is None else self.cut[0][tiles]
+
+    def elements(self, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens [n, rows·cols] of the tiles, and which of them exist; None where all do."""
         i = np.arange(self.rows * self.cols)
         y = (tiles // self.across * self.rows)[:, None] + i // self.cols
         x = (tiles % self.across * self.cols)[:, None] + i % self.cols
         token = y * self.pitch + x
-        return token, (x < self.pitch) & (token < self.tokens)
-
-    def first(self, tiles: np.ndarray) -> np.ndarray:
-        return np.stack([tiles // self.across * self.rows, tiles % self.across * self.cols], axis=-1)
-
-    def whole(self, tiles: np.ndarray) -> np.ndarray:
-        """Whether all elements of the tiles exist."""
-        y, x = tiles // self.across * self.rows + self.rows, tiles % self.across * self.cols + self.cols
-        return (x <= self.pitch) & ((y - 1) * self.pitch + x <= self.tokens)
-
-    def sizes(self) -> np.ndarray:
-        """Elements of each tile that exist."""
-        rows = np.minimum(np.arange(self.down) * self.rows + self.rows, -(-self.tokens // self.pitch))
-        rows = rows - np.arange(self.down) * self.rows
-        cols = np.minimum(np.arange(self.across) * self.cols + self.cols, self.pitch) - np.arange(self.across) * self.cols
-        sizes = rows[:, None] * cols[None, :]
-        short = self.down * self.across and self.tokens % self.pitch
-        if short:
-            last = np.clip(short - np.arange(self.across) * self.cols, 0, cols)
-            sizes[-1] += last - cols
-        return sizes.reshape(-1)
+        return token, None if self.cut is None else (x < self.pitch) & (token < self.tokens)
 
 
-def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a tile of queries and one of keys: number n has rows of tiles ``y[:, i[n]]`` and columns ``x[:, j[n]]``."""
+
+    y: np.ndarray
+    x: np.ndarray
+    i: np.ndarray
+    j: np.ndarray
+
+    def of(self, queries: _Tiles, keys: _Tiles) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the tiles of queries, and of keys."""
+        (qy, ky), (qx, kx) = self.y, self.x
+        return (qy * queries.across)[self.i] + qx[self.j], (ky * keys.across)[self.i] + kx[self.j]
+
+
+def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> _Pairs:
     """Pairs of tiles that the part's base can touch, by the intervals of its differences."""
     base = part.base
     rows, cols, columns, lag = ANY, ANY, ANY, ANY
@@ -222,72 +249,100 @@ def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> tupl
         lag = (max(lag[0], 0), lag[1])
     qy, ky = (np.arange(t.down) * t.rows for t in (queries, keys))
     qx, kx = (np.arange(t.across) * t.cols for t in (queries, keys))
-    dy_low, dy_high = qy[:, None] - ky - (keys.rows - 1), qy[:, None] + (queries.rows - 1) - ky
-    near_y = _reach(dy_low, dy_high, rows)
+    dy = qy[:, None] - ky
+    near_y = _reach(dy - (keys.rows - 1), dy + (queries.rows - 1), rows)
     if causal:
-        near_y &= dy_high >= 0
-    near_x = _reach(kx - qx[:, None] - (queries.cols - 1), kx + (keys.cols - 1) - qx[:, None], cols)
-    near_x &= _reach(kx, kx + keys.cols - 1, columns)
-    y, x = np.nonzero(near_y), np.nonzero(near_x)
-    pitch = queries.pitch
-    # The x differences of a pair of tiles, from the smallest lag to the largest.
-    lag_low = (dy_low[y] * pitch)[:, None] + (qx[x[0]] - kx[x[1]] - (keys.cols - 1))
-    lag_high = (dy_high[y] * pitch)[:, None] + (qx[x[0]] + (queries.cols - 1) - kx[x[1]])
-    i, j = np.nonzero(_reach(lag_low, lag_high, lag))
-    return y[0][i] * queries.across + x[0][j], y[1][i] * keys.across + x[1][j]
+        near_y &= dy + (queries.rows - 1) >= 0
+    dx = kx - qx[:, None]
+    near_x = _reach(dx - (queries.cols - 1), dx + (keys.cols - 1), cols) & _reach(kx, kx + keys.cols - 1, columns)
+    y, x = np.array(np.nonzero(near_y)), np.array(np.nonzero(near_x))
+    # Lags of two tiles: that of their first tokens, and how far its tokens are from those.
+    lags = (dy[near_y] * queries.pitch)[:, None] - dx[near_x]
+    near = lags >= lag[0] - ((queries.rows - 1) * queries.pitch + queries.cols - 1)
+    if lag[1] < UNBOUNDED:
+        near &= lags <= lag[1] + (keys.rows - 1) * keys.pitch + keys.cols - 1
+    return _Pairs(y, x, *np.nonzero(near))
 
 
 def _evaluate(layout: Layout, part: Part, queries: _Tiles, keys: _Tiles, q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """The bits of pairs of tiles, bool [n, BLOCK_M, BLOCK_N]."""
     q_token, q_exists = queries.elements(q)
     k_token, k_exists = keys.elements(k)
-    rows, cols = torch.from_numpy(q_token)[:, :, None], torch.from_numpy(k_token)[:, None, :]
-    if isinstance(part.base, Box) and not part.require and not part.exclude:
-        visible = part.permits(rows, cols)
+    rows, cols = q_token[:, :, None], k_token[:, None, :]
+    if all(_boxes(pattern) is not None for pattern in (part.base, *part.require, *part.exclude)):
+        if layout.tokens < 1 << 31:  # what does not exist may overflow: it is masked
+            rows, cols = rows.astype(np.int32), cols.astype(np.int32)
+        bits = part.permits(rows, cols)
     else:
-        # A function of the user's gets positions that exist only.
-        visible = part.permits(rows.clamp(max=layout.tokens - 1), cols.clamp(max=layout.tokens - 1))
-    bits = visible.numpy() & q_exists[:, :, None] & k_exists[:, None, :]
+        # A function of the user's gets tensors, and positions that exist only.
+        real = (torch.from_numpy(x).clamp(max=layout.tokens - 1) for x in (rows, cols))
+        bits = part.permits(*real).numpy()
     if layout.causal:
-        bits &= k_token[:, None, :] <= q_token[:, :, None]
+        bits = bits & (cols <= rows)
+    for exists, axis in ((q_exists, 2), (k_exists, 1)):
+        if exists is not None:
+            bits = bits & np.expand_dims(exists, axis)
     return bits
 
 
-def _classes(part: Part, queries: _Tiles, keys: _Tiles, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _places(first: np.ndarray, low: int, high: int, intervals: set[tuple[int, int]]) -> np.ndarray:
+    """Numbers of ranges ``first + low .. first + high``: equal where no interval cuts a range and they lie alike to all."""
+    place, cut = np.zeros_like(first), np.zeros(len(first), dtype=bool)
+    for interval in intervals - {ANY}:
+        inside = (first + low >= interval[0]) & (first + high <= interval[1])
+        touched = _reach(first + low, first + high, interval)
+        place = 2 * place + inside
+        cut |= touched & ~inside
+    return np.where(cut, first - first.min(initial=0) + (1 << len(intervals)), place)
+
+
+def _classes(
+    part: Part, causal: bool, queries: _Tiles, keys: _Tiles, pairs: _Pairs, q: np.ndarray, k: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of tiles with the same bits for sure: a representative of each class, and the class of each pair."""
     boxes = [_boxes(pattern) for pattern in (part.base, *part.require, *part.exclude)]
-    pitches = {box.pitch for found in boxes if found is not None for box in found}
-    if any(found is None for found in boxes) or pitches != {queries.pitch}:
-        return np.arange(len(q)), np.arange(len(q))
-    # Boxes look at differences of rows and columns, and some at the key's column; beyond that only an edge matters.
     flat = [box for found in boxes if found is not None for box in found]
-    dy = q // queries.across * queries.rows - k // keys.across * keys.rows
-    dx = k % keys.across * keys.cols - q % queries.across * queries.cols
-    if all(box.cols == ANY and box.lag == ANY for box in flat):
-        # Then columns order the pairs of equal rows only.
-        dx = np.where((dy > -queries.rows) & (dy < keys.rows), dx, 0)
-    numbers = [dy, dx] + ([k % keys.across] if any(box.keys != ANY for box in flat) else [])
-    numbers += [np.where(tiles.whole(index), 0, index + 1) for tiles, index in ((queries, q), (keys, k))]
-    code = np.zeros(len(q), dtype=np.int64)
-    for number in numbers:
-        number = number - number.min(initial=0)
-        code = code * (int(number.max(initial=0)) + 1) + number
-    if code.max(initial=0) > 8 * len(q):
+    if not len(q) or None in boxes or any(box.pitch != queries.pitch for box in flat):
+        return np.arange(len(q)), np.arange(len(q))
+    # Boxes look at differences of rows and of columns, at the key's column, and at lags. Order in time is that of rows, where
+    # these differ. Beyond that the outlines of tiles matter.
+    (qy, ky), (qx, kx) = pairs.y, pairs.x
+    dy, dx = qy * queries.rows - ky * keys.rows, kx * keys.cols - qx * queries.cols
+    width = int(np.ptp(dx)) + 1
+    across = far = dx - dx.min()
+    near = None
+    if (np.ptp(dy) // queries.rows + 1) * (width // queries.cols + 1) > _FEW and all(box.lag == ANY for box in flat):
+        up, down = keys.rows - 1, queries.rows - 1
+        near = (dy >= -down) & (dy <= up) & causal
+        dy = _places(dy, -up, down, {box.rows for box in flat} | ({(0, UNBOUNDED), (1, UNBOUNDED)} if causal else set()))
+        far = _places(dx, 1 - queries.cols, keys.cols - 1, {box.cols for box in flat})
+        width = max(width, int(far.max()) + 1)
+    if any(box.keys != ANY for box in flat):
+        column = _places(kx * keys.cols, 0, keys.cols - 1, {box.keys for box in flat})
+        across, far = across + column * width, far + column * width
+        width *= int(column.max()) + 1
+    code = ((dy - dy.min()) * width)[pairs.i]
+    code += across[pairs.j] if near is None else np.where(near[pairs.i], across[pairs.j], far[pairs.j])
+    for tiles, place in ((queries, q), (keys, k)):
+        if tiles.cut is not None:
+            outline = tiles.cut[1]
+            code = code * (int(outline.max()) + 1) + outline[place]
+    if code.max() > 8 * len(code):
         code = np.unique(code, return_inverse=True)[1]
     # np.unique would sort, which is half of the time for a million pairs; codes are small numbers.
-    seen = np.full(int(code.max(initial=-1)) + 1, -1)
+    seen = np.full(int(code.max()) + 1, -1)
     seen[code] = np.arange(len(code))
     representative = seen[seen >= 0]
     seen[code[representative]] = np.arange(len(representative))
     return representative, seen[code]
 
 
-def _order(major: np.ndarray, full: np.ndarray, minor: np.ndarray, majors: int, minors: int) -> tuple[np.ndarray, Tensor]:
-    """The order by (major, full first, minor), and where each major's entries begin."""
-    order = np.argsort((major * 2 + ~full) * minors + minor, kind="stable")
+def _order(major: np.ndarray, full: np.ndarray, minor: np.ndarray, majors: int, minors: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order by (major, full first, minor), all different, and where each major's entries begin."""
     pointer = np.zeros(majors + 1, dtype=np.int32)
     np.cumsum(np.bincount(major, minlength=majors), out=pointer[1:])
-    return order, torch.from_numpy(pointer)
+    # The keys come in long runs that ascend, which the merge sort behind "stable" finds.
+    return np.argsort((major * 2 + ~full) * minors + minor, kind="stable"), pointer
 
 
 def _build(layout: Layout, part: Part, block_m: int, block_n: int) -> BlockLists:
@@ -295,9 +350,11 @@ def _build(layout: Layout, part: Part, block_m: int, block_n: int) -> BlockLists
     grid_rows = -(-layout.tokens // pitch)
     tile = layout.own_tile or part.base.tile
     q_tile, k_tile = (fit_tile(tile, block, pitch, grid_rows) for block in (block_m, block_n))
-    queries, keys = _Tiles(pitch, layout.tokens, *q_tile), _Tiles(pitch, layout.tokens, *k_tile)
-    q, k = _candidates(part, layout.causal, queries, keys)
-    representative, inverse = _classes(part, queries, keys, q, k)
+    queries = _Tiles(pitch, layout.tokens, *q_tile)
+    keys = queries if k_tile == q_tile else _Tiles(pitch, layout.tokens, *k_tile)
+    pairs = _candidates(part, layout.causal, queries, keys)
+    q, k = pairs.of(queries, keys)
+    representative, inverse = _classes(part, layout.causal, queries, keys, pairs, q, k)
 
     words = max(1, block_n // 32)
     packed = np.zeros((len(representative), block_m, words), dtype=np.int32)
@@ -306,7 +363,7 @@ def _build(layout: Layout, part: Part, block_m: int, block_n: int) -> BlockLists
     for start in range(0, len(representative), step):
         chosen = representative[start : start + step]
         bits = _evaluate(layout, part, queries, keys, q[chosen], k[chosen])
-        count[start : start + step] = bits.sum((1, 2))
+        count[start : start + step] = np.count_nonzero(bits, axis=(1, 2))
         packed[start : start + step] = _pack(bits)
     full = count == block_m * block_n
     partial = (count > 0) & ~full
@@ -316,32 +373,29 @@ def _build(layout: Layout, part: Part, block_m: int, block_n: int) -> BlockLists
     mask_of = np.full(len(representative), FULL, dtype=np.int32)
     mask_of[partial] = number
 
-    touched = (count > 0)[inverse]
-    q, k, inverse = q[touched], k[touched], inverse[touched]
+    if not count.all():
+        touched = (count > 0)[inverse]
+        q, k, inverse = q[touched], k[touched], inverse[touched]
     mask, is_full = mask_of[inverse], full[inverse]
     by_query, q_ptr = _order(q, is_full, k, queries.count, keys.count)
     by_key, k_ptr = _order(k, is_full, q, keys.count, queries.count)
-    q_sizes, k_sizes = queries.sizes(), keys.sizes()
-
-    def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32))
 
     return BlockLists(
         pitch=pitch,
         tokens=layout.tokens,
         q_tile=q_tile,
         k_tile=k_tile,
-        q_ptr=q_ptr,
-        q_keys=tensor(keys.first(k[by_query])),
-        q_masks=tensor(mask[by_query]),
-        k_ptr=k_ptr,
-        k_queries=tensor(queries.first(q[by_key])),
-        k_masks=tensor(mask[by_key]),
-        masks=tensor(masks),
-        key_masks=tensor(_pack(np.ascontiguousarray(_unpack(masks, block_n).swapaxes(1, 2)))),
-        pairs=int(count[inverse].sum()),
-        touched_pairs=int((q_sizes[q] * k_sizes[k]).sum()),
-        longest=int(np.bincount(q, minlength=1).max()),
+        q_ptr=torch.from_numpy(q_ptr),
+        q_keys=torch.from_numpy(keys.first(k[by_query])),
+        q_masks=torch.from_numpy(mask[by_query]),
+        k_ptr=torch.from_numpy(k_ptr),
+        k_queries=torch.from_numpy(queries.first(q[by_key])),
+        k_masks=torch.from_numpy(mask[by_key]),
+        masks=torch.from_numpy(masks),
+        key_masks=torch.from_numpy(_pack(np.ascontiguousarray(_unpack(masks, block_n).swapaxes(1, 2)))),
+        pairs=int(np.bincount(inverse, minlength=len(count)) @ count),
+        touched_pairs=int(queries.sizes(q) @ keys.sizes(k)),
+        longest=int(np.diff(q_ptr).max()),
     )
 
 

@@ -23,7 +23,7 @@ ANY: Interval = (-UNBOUNDED, UNBOUNDED)
 Fn = Callable[[Any, Any], Any]
 
 
-def _within(x: Tensor, interval: Interval) -> Tensor | None:
+def _within(x: Any, interval: Interval) -> Any:
     """Whether x lies in the interval, ends included; None where every x does."""
     low, high = interval
     if low <= -UNBOUNDED and high >= UNBOUNDED:
@@ -63,13 +63,14 @@ class Box:
         """Whether query q may see key k; both broadcast."""
         qy, qx = q // self.pitch, q % self.pitch
         ky, kx = k // self.pitch, k % self.pitch
-        tests = ((qy - ky, self.rows), (kx - qx, self.cols), (kx, self.keys), (q - k, self.lag))
-        result = q - k >= -UNBOUNDED
-        for x, interval in tests:
+        lag, result = q - k, None
+        for x, interval in ((qy - ky, self.rows), (kx - qx, self.cols), (kx, self.keys), (lag, self.lag)):
             inside = _within(x, interval)
             if inside is not None:
-                result = result & inside
-        return result
+                result = inside if result is None else result & inside
+        if result is None:
+            return lag >= -UNBOUNDED
+        return result if result.shape == lag.shape else result & (lag >= -UNBOUNDED)
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class Part:
     require: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
 
-    def permits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k."""
+    def permits(self, q: Any, k: Any) -> Any:
+        """Whether query q may see key k; both tensors or, where all is boxes, arrays."""
         result = self.base.permits(q, k)
         for pattern in self.require:
             result = result & pattern.permits(q, k)

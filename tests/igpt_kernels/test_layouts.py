@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt_kernels import layouts
+from igpt_kernels import block_lists, layouts
 from igpt_kernels.block_lists import FULL, BlockLists, fit_tile
 from igpt_kernels.layouts import SparseLayout
 
@@ -106,12 +106,31 @@ def dense_counts(parts: tuple[BlockLists, ...], tokens: int) -> tuple[Tensor, Te
     return by_query, by_key
 
 
+def touched_pairs(lists: BlockLists) -> int:
+    """Pairs of existing tokens in the listed pairs of tiles, tile by tile."""
+    total = 0
+    for tile in range(lists.q_tiles):
+        first = tile // -(-lists.pitch // lists.q_tile[1]), tile % -(-lists.pitch // lists.q_tile[1])
+        mine = existing(lists, first[0] * lists.q_tile[0], first[1] * lists.q_tile[1], lists.q_tile)
+        for y, x in lists.q_keys[lists.q_ptr[tile] : lists.q_ptr[tile + 1]].tolist():
+            total += mine * existing(lists, y, x, lists.k_tile)
+    return total
+
+
+def existing(lists: BlockLists, y: int, x: int, tile: tuple[int, int]) -> int:
+    """How many tokens a tile has whose first one is in row y, column x."""
+    rows, columns = torch.arange(y, y + tile[0])[:, None], torch.arange(x, x + tile[1])
+    return int(((columns < lists.pitch) & (rows * lists.pitch + columns < lists.tokens)).sum())
+
+
 def check_lists(layout: SparseLayout, block_m: int, block_n: int) -> None:
     dense = layout.dense_mask().int()
     by_query, by_key = dense_counts(layout.block_lists(block_m, block_n), layout.tokens)
     assert torch.equal(by_query, dense)
     assert torch.equal(by_key, dense)
     assert layout.pairs == int(dense.sum())
+    for lists in layout.block_lists(block_m, block_n):
+        assert lists.touched_pairs == touched_pairs(lists)
     query = random.Random(layout.key).randrange(layout.tokens)
     assert torch.equal(layout.keys_of(query), dense[query].nonzero()[:, 0])
 
@@ -120,11 +139,36 @@ def check_lists(layout: SparseLayout, block_m: int, block_n: int) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_lists_are_the_dense_mask(text: str, height: int, width: int, causal: bool) -> None:
+def test_lists_are_the_dense_mask(text: str, height: int, width: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(f"{text} {height} {width}")
     layout = layouts.parse(text, height, width, causal=causal)
-    for some in (layout, layout.prefix(rng.randint(1, height * width)), layout.with_tile(4, 16)):
-        check_lists(some, rng.choice([16, 32, 64, 128]), rng.choice([16, 32, 64, 128]))
+    for few in (0, block_lists._FEW):  # with classes of tiles that lie alike, and without
+        monkeypatch.setattr(block_lists, "_FEW", few)
+        layouts.lists_of.cache_clear()
+        for some in (layout, layout.prefix(rng.randint(1, height * width)), layout.with_tile(4, 16)):
+            check_lists(some, rng.choice([16, 32, 64, 128]), rng.choice([16, 32, 64, 128]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("text", "side"),
+    [
+        ("local2d:4+local2d:12", 20),
+        ("local2d:6", 16),
+        ("fixed:40,9", 24),
+        ("fixed:64,20", 24),
+        ("strided:17", 12),
+        ("strided:1", 9),
+    ],
+)
+def test_lists_where_many_tiles_lie_alike(text: str, side: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles wholly inside of one box and outside of another; columns that some tiles have; lags that end where a tile does."""
+    monkeypatch.setattr(block_lists, "_FEW", 0)
+    layout = layouts.parse(text, side, side, causal=causal)
+    for some in (layout, layout.with_tile(4, 4), layout.with_tile(2, 8)):
+        layouts.lists_of.cache_clear()
+        check_lists(some, 16, 16)
 
 
 @pytest.mark.parametrize("seed", range(30))
