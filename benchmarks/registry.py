@@ -167,6 +167,8 @@ class Operation:
         cost: (case, way) -> `Cost`.
         methods: by name; those that others are compared with come first.
         verify_forward: as `verify`, of the output alone, for where no other way is timed; None: `verify` does.
+        backward_alone: whether a backward pass over a kept graph is what training pays. False for the loss: the first one takes
+            gradients that the forward pass made, and any other makes them again.
     """
 
     suite: str
@@ -178,7 +180,9 @@ class Operation:
     cost: Callable[[Case, str], Cost]
     methods: dict[str, Method]
     verify_forward: Callable[[Case, Any], float] | None = None
+    backward_alone: bool = True
 
     def ways_on(self, device: str) -> tuple[str, ...]:
         """Ways that are timed on a device."""
-        return ("forward", "backward", "both") if device == "cuda" and self.ways == ("forward", "both") else self.ways
+        alone = device == "cuda" and self.ways == ("forward", "both") and self.backward_alone
+        return ("forward", "backward", "both") if alone else self.ways

@@ -136,6 +136,7 @@ def _operation(kind: _Kind) -> Operation:
         verify,
         lambda case, way: kind.cost(case, way, getattr(torch, case.dtype).itemsize),
         methods,
+        backward_alone=kind.name != "linear_cross_entropy",
     )
 
 

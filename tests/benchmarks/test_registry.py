@@ -122,6 +122,24 @@ def test_every_method_agrees_with_the_oracle_and_is_timed(suite: str, op: str, m
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
 
 
+@pytest.mark.slow
+def test_a_compiled_backward_pass_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph is kept, which a graph that gives its buffers away refuses; the rows before it are those of one that may."""
+    import torch._functorch.config as settings
+
+    monkeypatch.setattr(settings, "donated_buffer", settings.donated_buffer)
+    case = small("fused", "rms_norm", "compile")
+    rows = [message for message in measure(Job(case, ("forward", "backward", "both"), 0.01, 8 << 30)) if "status" in message]
+    assert {row["way"]: row["status"] for row in rows} == dict.fromkeys(("forward", "backward", "both"), "ok")
+    assert rows[-1]["way"] == "backward"
+
+
+def test_the_backward_pass_of_the_loss_is_not_timed_alone() -> None:
+    ways = {op: operation.ways_on("cuda") for (suite, op), operation in operations().items() if suite == "fused"}
+    assert ways["linear_cross_entropy"] == ("forward", "both")
+    assert ways["rms_norm"] == ("forward", "backward", "both")
+
+
 def wrong_output(real: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **options: real(*args, **options) * 1.01
 
