@@ -53,8 +53,9 @@ def linear_cross_entropy(
 
     Cost: 2·M·C·V floating point operations, M rows, and twice that for the gradients. Where grad mode is on, ``"mean"`` and
     ``"sum"`` make those in the forward pass, and in every further backward call. ``"none"`` computes the logits again in the
-    backward pass, three times 2·M·C·V. Memory beyond inputs and gradients: logits, 4 MiB on the CPU, 32 MiB on a GPU (twice
-    that in float32); sums of weight's gradient in float32, on a GPU 9 MB and more; a few values a row.
+    backward pass, three times 2·M·C·V. Memory beyond inputs and gradients, with Triton: 32 MiB of logits (64 in float32);
+    sums of weight's gradient in float32, 9 MB and more; a few values a row. On the CPU: some parts of 2²⁰ values in float32
+    (64 rows at least), and such sums. torch.compile keeps a second hidden's gradient.
     """
     hidden, weight = autocast(hidden, weight)
     hidden, weight, target = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.measure.timing import captured, event_times
 from igpt_kernels import layouts, testing, tuning
 from igpt_kernels.reference import decode_attention_reference
-from tools.kernels import KERNELS, LOSS_WIDTH, Inputs
+from tools.kernels import IGNORE_INDEX, KERNELS, LOSS_WIDTH, Inputs
 from tools.variants import HEADS, NAMES, PRODUCTS, RADII, SIDE, SPARSE_HEADS, TOKENS, Variant, variants
 
 Config = tuning.Config
@@ -321,6 +321,26 @@ def row_kernels() -> Iterator[dict[str, object]]:
                 yield row | columns(samples, flops, read)
 
 
+def loss_parts(rows: int = 1 << 18, few: int = 500) -> Iterator[dict[str, object]]:
+    """Loss and gradients of a mean, of how many rows at a time; the first `few` are checked."""
+    from igpt_kernels._triton.loss import launch_cross_entropy_sum
+
+    colours, entry = 512, KERNELS["cross_entropy_gradient"]
+    inputs = entry.operation.inputs(colours, rows, torch.bfloat16, DEVICE, 0)
+    hidden, weight, target, grad = (x for x in inputs.tensors if x is not None)
+    first = Inputs((hidden[:few], weight, target[:few], grad[:few]))
+    exact, eager = entry.truth(first.to(torch.float64))[0], entry.truth(first)[0]
+    for chunk in sorted({min(rows, 1 << power) for power in range(13, 19)}):
+        run = partial(launch_cross_entropy_sum, hidden, weight, target, IGNORE_INDEX, 0.0, True, chunk=chunk)
+        row: dict[str, object] = {"kind": "time", "kernel": "cross_entropy_sum", "size": colours, "rows": rows, "chunk": chunk}
+        try:
+            row["error_share"] = round(testing.error_ratio(run()[1][:few], exact, eager, factor=3, floor=1 / rows), 4)
+        except Exception as failure:
+            yield row | {"status": "failed", "reason": f"{type(failure).__name__}: {str(failure)[:200]}"}
+            continue
+        yield row | columns(times(run, 10), 6.0 * rows * LOSS_WIDTH * colours)
+
+
 def row_candidates(kernel: str, shipped: Config) -> list[Config]:
     """Neighbours of what ships: half and twice the rows, warps, stages or programs."""
     m, n, w, s = shipped.block_m, shipped.block_n, shipped.num_warps, shipped.num_stages
@@ -355,7 +375,7 @@ def measure(rows: Rows, checks: Path, kernels: Sequence[str], seconds: float, re
                 rows.write({"kind": "time", **variant.row(), **row})
         except Exception as failure:
             rows.write({"kind": "time", **variant.row(), "status": "failed", "reason": str(failure)[:200]})
-    for name, more in (("decode", decoding), ("rows", row_kernels)):
+    for name, more in (("decode", decoding), ("rows", row_kernels), ("loss", loss_parts)):
         if not kernels or name in kernels:
             for row in more():
                 if time.monotonic() > deadline:
@@ -370,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--out", type=Path, default=Path("plan.jsonl"), help="lines are appended here")
     parser.add_argument("--seconds", type=float, default=80.0, help="no variant is begun after that")
-    parser.add_argument("--kernels", nargs="*", default=[], help="beginnings of names, decode or rows; all when left out")
+    parser.add_argument("--kernels", nargs="*", default=[], help="beginnings of names; decode, rows or loss; all when left out")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--share", nargs=3, type=int, metavar=("INDEX", "WORKERS", "FROM"), help="check: of one process")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_kernels._ops.shared import dispatch, register
+from igpt_kernels._ops.shared import dispatch, is_plain, once, register
 from igpt_kernels._torch import loss as torch_loss
 from igpt_kernels.tensors import accumulation_dtype
 
@@ -94,12 +94,15 @@ def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     dtype, factor = dhidden.dtype, grad
     if mean and not torch_loss.mean_is_folded(dtype):
         factor = grad / torch_loss.rows_that_count(ctx.saved_tensors[2], ignore_index, grad.dtype, mean)
-    # Where a graph is made of this: one to differentiate again, which is an error, or one that torch.compile traces.
-    if torch.is_grad_enabled() or type(grad) is not Tensor:
+    recorded = torch.is_grad_enabled()  # create_graph=True
+    # Nor in place where torch.compile traces, and where a batch of gradients shares dhidden (is_grads_batched).
+    if recorded or not is_plain(grad):
         dhidden = cross_entropy_scaled(dhidden, factor, dtype, backend)
     else:
         cross_entropy_scale_(dhidden, factor, backend)
     dweight = cross_entropy_scaled(dweight, factor, dtype, backend)
+    if recorded:
+        dhidden, dweight = (once("linear_cross_entropy", x, ctx.saved_tensors[:2]) for x in (dhidden, dweight))
     return dhidden if need_hidden else None, dweight if need_weight else None, *(None,) * 7
 
 

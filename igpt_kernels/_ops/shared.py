@@ -5,7 +5,7 @@ Every operator that has several backends takes the name of one as its last argum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,38 @@ def dispatch(op: str, step: str) -> Callable[..., Any]:
         return backends.step(op, arguments[-1], step)(*arguments[:-1])
 
     return run
+
+
+_BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorchBatched")]
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is one tensor with values: not one that torch.compile traces, and not a batch under vmap or is_grads_batched.
+
+    The batch of is_grads_batched has the type of any tensor. Only its dispatch keys tell.
+    """
+    return type(x) is Tensor and not any(torch._C._dispatch_keys(x).has(key) for key in _BATCHED)  # type: ignore[arg-type]
+
+
+class _Once(torch.autograd.Function):
+    """The first argument, which depends on the others by a derivative that cannot be taken."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *of: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _no_second_derivative(ctx.op)(ctx, *grads)
+
+
+def once(op: str, gradient: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """`gradient` as a function of the tensors `of` that cannot be differentiated: a backward pass through it raises.
+
+    For a gradient that was made before autograd recorded. Without this its own derivative would be 0, without a word.
+    """
+    return _Once.apply(op, gradient, *of)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _save_nothing(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:

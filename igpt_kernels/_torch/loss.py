@@ -12,14 +12,14 @@ from torch import Tensor
 from igpt_kernels.tensors import accumulation_dtype
 
 
-def rows_at_once(vocab: int, device: torch.device) -> int:
-    """Rows whose logits are in memory together: 2²⁰ logits on the CPU (4 MiB of float32), 2²⁴ on a GPU (32 MiB of bfloat16).
+def rows_at_once(columns: int, device: torch.device) -> int:
+    """Rows that are computed together: of 2²⁰ values on the CPU (4 MiB of float32), 2²⁴ on a GPU (32 MiB of bfloat16).
 
     So few that they stay in a cache (50 MB of L2 in an H100); so many that launches take less time than what they launch.
     Of 512 classes a part is 32,768 rows, three products of 17 GFLOP. Parts of half that size cost 100 µs each on an H100,
     and Python took as long.
     """
-    return max(64, (1 << (20 if device.type == "cpu" else 24)) // vocab)
+    return max(64, (1 << (20 if device.type == "cpu" else 24)) // columns)
 
 
 def mean_is_folded(dtype: torch.dtype) -> bool:
@@ -56,7 +56,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     Products write into a tensor, here and below, because those that make one are autocast, whatever calls them. Those with an
     `out_dtype` are not.
     """
-    if a.dtype in (torch.float16, torch.bfloat16) and a.is_cuda:
+    # With that setting torch has no product of float16 with a float32 result (a check in its CUDABlas.cpp).
+    sums_in_half = a.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    if a.dtype in (torch.float16, torch.bfloat16) and a.is_cuda and not sums_in_half:
         multiprocessors = torch.cuda.get_device_properties(a.device).multi_processor_count
         total += product_over_rows(a, b, splits_of(a.shape[0], total.numel(), multiprocessors), torch.float32)
     else:
@@ -113,8 +115,8 @@ class _Gradients:
             torch.mm(dlogits.to(some.dtype), self.weight, out=self.dhidden[rows])
 
 
-def _parts(rows: int, vocab: int, device: torch.device) -> list[slice]:
-    step = rows_at_once(vocab, device)
+def _parts(rows: int, columns: int, device: torch.device) -> list[slice]:
+    step = rows_at_once(columns, device)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -123,7 +125,7 @@ def cross_entropy_rows(
 ) -> tuple[Tensor, Tensor]:
     """The operator ``igpt_kernels::cross_entropy_rows``: loss and log-sum-exp of each row, [M]."""
     loss, lse = (hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype)) for _ in range(2))
-    for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
+    for part in _parts(loss.shape[0], max(weight.shape), hidden.device):
         logits = _logits(hidden[part], weight)
         loss[part], lse[part], _ = _exponentials(logits, target[part], ignore_index, z_loss)
     return loss, lse
@@ -142,7 +144,7 @@ def cross_entropy_rows_backward(
 ) -> tuple[Tensor, Tensor]:
     """The operator ``igpt_kernels::cross_entropy_rows_backward``: the logits once more, and what follows from them."""
     gradients = _Gradients(hidden, weight, need_hidden, need_weight)
-    for part in _parts(lse.shape[0], weight.shape[0], hidden.device):
+    for part in _parts(lse.shape[0], max(weight.shape), hidden.device):
         p = _logits(hidden[part], weight).sub_(lse[part, None]).exp_()
         p.mul_((grad[part] * (1.0 + 2.0 * z_loss * lse[part]))[:, None])
         gradients.add(part, _subtract_target(p, grad[part], target[part], ignore_index))
@@ -168,7 +170,7 @@ def cross_entropy_sum(
     loss = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     count = rows_that_count(target, ignore_index, loss.dtype, mean)
     factor = count.reciprocal() if mean_is_folded(hidden.dtype) else torch.ones_like(count)
-    for part in _parts(loss.shape[0], weight.shape[0], hidden.device):
+    for part in _parts(loss.shape[0], max(weight.shape), hidden.device):
         p = _logits(hidden[part], weight)
         loss[part], lse, sums = _exponentials(p, target[part], ignore_index, z_loss)
         p.mul_((factor * (1.0 + 2.0 * z_loss * lse) / sums)[:, None])

@@ -228,10 +228,11 @@ class _Gradients:
         self.need_hidden, self.need_weight = need_hidden, need_weight
         self.dhidden = torch.empty(rows if need_hidden else 0, width, dtype=hidden.dtype, device=hidden.device)
         self.dweight = torch.zeros(vocab if need_weight else 0, width, dtype=torch.float32, device=hidden.device)
-        self.chunk = rows_at_once(vocab, hidden.device) if chunk is None else chunk
+        columns = ceil_div(vocab, 16) * 16
+        self.chunk = rows_at_once(columns, hidden.device) if chunk is None else chunk
         # Rows begin at multiples of 32 bytes, so that loads are wide. What fills a row up is 0: a product may read beyond its
         # last value and multiply by 0 (oneDNN with AMX tiles on bfloat16 does), and NaN times 0 is NaN.
-        padded = torch.empty(min(self.chunk, rows), ceil_div(vocab, 16) * 16, dtype=hidden.dtype, device=hidden.device)
+        padded = torch.empty(min(self.chunk, rows), columns, dtype=hidden.dtype, device=hidden.device)
         padded[:, vocab:].zero_()
         self.logits = padded[:, :vocab]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import backends, linear_cross_entropy, testing
+from igpt_kernels._triton import loss as triton_loss
 from igpt_kernels._triton.loss import (
     launch_cross_entropy_backward,
     launch_cross_entropy_forward,
@@ -278,6 +279,14 @@ def test_a_mean_over_no_row() -> None:
     assert loss.isnan()
     assert dhidden.shape == (0, 16)
     assert (dweight == 0).all()
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(2, 1 << 16), (17, 1 << 15), (64, 1 << 14), (65, (1 << 20) // 80)])
+def test_parts_are_measured_by_the_rows_that_are_kept(vocab: int, rows: int) -> None:
+    """Rows of logits are filled up to a multiple of 16, which few classes would make eight times as many."""
+    hidden, weight = torch.empty(1 << 17, 4, device="cpu"), torch.empty(vocab, 4)
+    gradients = triton_loss._Gradients(hidden, weight, False, False, None, None)
+    assert gradients.logits.shape == (rows, vocab)
 
 
 def test_a_tile_must_hold_every_class() -> None:

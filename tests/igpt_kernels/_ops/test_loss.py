@@ -124,6 +124,31 @@ def test_second_derivative_is_a_clear_error_and_saved_tensors_serve_twice(reduct
         dhidden.sum().backward()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_graph_over_gradients_raises_whatever_came_from_above(dtype: torch.dtype, reduction: str) -> None:
+    """With a plain 1 from above nothing but the inputs ties the gradients to what they depend on."""
+    for place in (0, 1):
+        hidden, weight, target = leaves(20, 7, dtype)
+        loss = linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
+        (gradient,) = torch.autograd.grad(loss, (hidden, weight)[place], create_graph=True)
+        assert gradient.requires_grad
+        with pytest.raises(RuntimeError, match=r"linear_cross_entropy has no second derivative.*backend='reference'"):
+            (loss + gradient.float().pow(2).sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_batch_of_gradients(reduction: str) -> None:
+    hidden, weight, target = leaves(20, 7)
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    grads = torch.randn(3, *loss.shape, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad(loss, (hidden, weight), grads, is_grads_batched=True, retain_graph=True)
+    for number in range(3):
+        one = torch.autograd.grad(loss, (hidden, weight), grads[number], retain_graph=True)
+        for batch, want in zip(got, one, strict=True):
+            torch.testing.assert_close(batch[number], want)
+
+
 def test_gradients_of_the_sum_are_scaled_in_place_and_made_again() -> None:
     hidden, weight, target = leaves(20, 7)
     total, made, _ = loss_ops.cross_entropy_sum(hidden, weight, target, -100, 0.0, False, True, True, "torch")
