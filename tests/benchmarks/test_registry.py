@@ -135,6 +135,20 @@ def test_a_compiled_backward_pass_is_timed_alone() -> None:
     assert rows[-1]["way"] == "backward"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "cold"), [("rms_norm", True), ("linear_cross_entropy", False)])
+def test_caches_are_cold_where_memory_bounds_a_case(op: str, cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(run: Callable[[], object], device: str, budget: float, *, cold: bool = False) -> timing.Times:
+        asked.append(cold)
+        return timing.Times((1.0,))
+
+    monkeypatch.setattr(timing, "measure", recorded)
+    rows_of(small("fused", op, "ours"))
+    assert asked == [cold, cold]
+
+
 def test_the_backward_pass_of_the_loss_is_not_timed_alone() -> None:
     ways = {op: operation.ways_on("cuda") for (suite, op), operation in operations().items() if suite == "fused"}
     assert ways["linear_cross_entropy"] == ("forward", "both")

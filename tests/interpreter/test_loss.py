@@ -314,6 +314,16 @@ def test_scaled(size: tuple[int, int], dtype: torch.dtype, factor: float) -> Non
     launch_cross_entropy_scale_(x[:0], torch.tensor(factor))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_of_one_stores_nothing(dtype: torch.dtype) -> None:
+    """A store would make 0 of -0."""
+    x = torch.full((3, 3), -0.0, dtype=dtype)
+    launch_cross_entropy_scale_(x, torch.tensor(1.0))
+    assert x.signbit().all()
+    launch_cross_entropy_scale_(x, torch.tensor(2.0))
+    assert not x.signbit().any()
+
+
 def test_a_factor_that_float16_does_not_hold() -> None:
     x = torch.full((3, 3), 2.0**-12, dtype=torch.float16)
     launch_cross_entropy_scale_(x, torch.tensor(2.0**20))

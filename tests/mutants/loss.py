@@ -205,6 +205,13 @@ MUTANTS = (
         "test_scaled",
     ),
     Mutant(
+        "scale: a factor of 1 multiplied by",
+        "loss.py",
+        "count = tl.where(factor == 1.0, 0, count)",
+        "count = count",
+        "test_a_factor_of_one",
+    ),
+    Mutant(
         "scale: a factor of 1 out of place",
         "loss.py",
         "    if IN_PLACE:\n        count",
