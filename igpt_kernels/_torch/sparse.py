@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import layouts
-from igpt_kernels._torch.attention import cpu_backward, cpu_forward, merge
+from igpt_kernels._torch.attention import cpu_backward, cpu_forward, dense_rows, merge
 from igpt_kernels._torch.sparse_plan import BLOCK, Plan, plan
 from igpt_kernels.layouts import registered
 from igpt_kernels.tensors import accumulation_dtype, zero_heads
@@ -35,6 +35,7 @@ Group = tuple[str, Sequence[int]]
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention [N,n,Tq,D] with an additive mask [n or 1,Tq,Tk] of 0 and -inf; fully masked rows give 0 and -inf."""
+    q, k, v = dense_rows(q, k, v)
     if q.device.type in FUSED:
         mask = None if bias is None else bias[None].to(q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
         out, lse = cpu_forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
@@ -55,6 +56,7 @@ def _attend_backward(
     """Gradients of `_attend`, given output and log-sum-exp of the whole row, of which these keys may be a part."""
     # A row that sees nothing anywhere: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    grad, q, k, v, out = dense_rows(grad, q, k, v, out)
     if q.device.type in FUSED:
         # In float32: torch 2.13's kernel takes 1.1 to 2.5 times as long for bfloat16 and 3 to 4 times for float16.
         grad, q, k, v, out = (x.to(lse.dtype) for x in (grad, q, k, v, out))
