@@ -6,7 +6,8 @@ from torch import Tensor
 
 from igpt_kernels import backends, reference
 from igpt_kernels._ops import activation as ops
-from igpt_kernels.checks import check_companion, check_rows
+from igpt_kernels._ops.transforms import call
+from igpt_kernels.checks import check_companion, check_memory, check_rows
 
 
 def quick_gelu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -39,7 +40,8 @@ def quick_gelu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") 
     x = check_rows(x)
     if bias is not None:
         bias = check_companion("bias", bias, x, x.shape[-1:])
-    chosen = backends.select("quick_gelu", backend, dtype=x.dtype, device=x.device, size=x.shape[-1])
+    check_memory({"x": x, "bias": bias})
+    chosen = backends.select("quick_gelu", backend, (x,) if bias is None else (x, bias), x.shape[-1])
     if chosen == "reference":
         return reference.quick_gelu_reference(x, bias=bias)
-    return ops.quick_gelu_forward(x, bias, chosen)
+    return call(ops.quick_gelu_forward, x, bias, chosen)

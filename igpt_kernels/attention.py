@@ -14,6 +14,7 @@ from igpt_kernels import backends, reference
 from igpt_kernels._ops import attention as attention_ops
 from igpt_kernels._ops import decode as decode_ops
 from igpt_kernels._ops import sparse as sparse_ops
+from igpt_kernels._ops.transforms import call
 from igpt_kernels._torch import attention as torch_attention
 from igpt_kernels._torch import decode as torch_decode
 from igpt_kernels.checks import autocast, check_attention, check_causal, check_layout, check_length, check_scale
@@ -69,17 +70,18 @@ def flash_attention(
     Cost: 4·B·H·Tq·Tk·D floating point operations (half of it when causal), 2.5 times that backward (Triton recomputes:
     3.5 times); memory linear in T with fused backends. Triton: Dao, "FlashAttention-2", 2023.
     """
-    q, k, v = check_attention(*autocast(q, k, v))
+    q, k, v = autocast(q, k, v)
+    q, k, v = check_attention(q, k, v)
     causal = check_causal(causal)
     scale = check_scale(scale, q.shape[3])
-    chosen = backends.select("flash_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
+    chosen = backends.select("flash_attention", backend, (q, k, v), q.shape[3])
     if chosen == "reference":
         _reference_fits(backend, q, k.shape[2])
         return reference.attention_reference(q, k, v, causal=causal, scale=scale)[0]
     q, scale = nonnegative_scale(q, scale)
     if chosen == "torch" and q.device.type != "cpu":
         return torch_attention.flash_attention(q, k, v, causal=causal, scale=scale)
-    return attention_ops.flash_forward(q, k, v, causal, scale, chosen)[0]
+    return call(attention_ops.flash_forward, q, k, v, causal, scale, chosen)[0]
 
 
 def _dense_masks(key: str, device: torch.device) -> Tensor:
@@ -126,20 +128,21 @@ def block_sparse_attention(
     recomputes: 3.5 times); memory linear in T. Patterns: Child et al., "Generating Long Sequences with Sparse
     Transformers", 2019.
     """
-    q, k, v = check_attention(*autocast(q, k, v))
+    q, k, v = autocast(q, k, v)
+    q, k, v = check_attention(q, k, v)
     scale = check_scale(scale, q.shape[3])
     key = check_layout(layout, heads=q.shape[1], tokens=q.shape[2])
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k must have as many tokens as q, {q.shape[2]}, got {k.shape[2]}")
     if isinstance(layout, SparseLayout) and layout.is_dense:
         return flash_attention(q, k, v, causal=layout.causal, scale=scale, backend=backend)
-    chosen = backends.select("block_sparse_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
+    chosen = backends.select("block_sparse_attention", backend, (q, k, v), q.shape[3])
     if chosen == "reference":
         _reference_fits(backend, q, k.shape[2])
         mask = _dense_masks(key, q.device)
         return reference.attention_reference(q, k, v, causal=False, scale=scale, mask=mask)[0]
     q, scale = nonnegative_scale(q, scale)
-    return sparse_ops.sparse_forward(q, k, v, key, scale, chosen)[0]
+    return call(sparse_ops.sparse_forward, q, k, v, key, scale, chosen)[0]
 
 
 def decode_attention(
@@ -174,12 +177,13 @@ def decode_attention(
 
     Cost: reads 2·B·H·n·D values, n the keys seen (`length` without a layout); bound by memory.
     """
-    q, k_cache, v_cache = check_attention(*autocast(q, k_cache, v_cache))
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    q, k_cache, v_cache = check_attention(q, k_cache, v_cache, names=("q", "k_cache", "v_cache"))
     if q.shape[2] != 1:
         raise ValueError(f"q must be [B,H,1,D], got {tuple(q.shape)}; use flash_attention for several queries")
     length = check_length(length, batch=q.shape[0], longest=k_cache.shape[2])
     scale = check_scale(scale, q.shape[3])
-    chosen = backends.select("decode_attention", backend, dtype=q.dtype, device=q.device, size=q.shape[3])
+    chosen = backends.select("decode_attention", backend, (q, k_cache, v_cache), q.shape[3])
     if layout is not None:
         return _sparse_decode(q, k_cache, v_cache, length, layout, scale, chosen)
     if chosen == "reference":
@@ -188,8 +192,8 @@ def decode_attention(
     if chosen == "torch" and q.device.type != "cpu":
         return torch_decode.decode_attention(q, k_cache, v_cache, length, scale=scale)
     if isinstance(length, Tensor):
-        return decode_ops.decode(q, k_cache, v_cache, length.to(q.device), 0, scale, chosen)[0]
-    return decode_ops.decode(q, k_cache, v_cache, None, length, scale, chosen)[0]
+        return call(decode_ops.decode, q, k_cache, v_cache, length.to(q.device), 0, scale, chosen)[0]
+    return call(decode_ops.decode, q, k_cache, v_cache, None, length, scale, chosen)[0]
 
 
 def _sparse_decode(
@@ -211,5 +215,5 @@ def _sparse_decode(
         k_cache, v_cache = zero_not_visible(k_cache, visible), zero_not_visible(v_cache, visible)
         return reference.attention_reference(q, k_cache, v_cache, causal=False, scale=scale, mask=visible)[0]
     if isinstance(length, Tensor):
-        return decode_ops.sparse_decode(q, k_cache, v_cache, length.to(q.device), 0, key, scale, chosen)[0]
-    return decode_ops.sparse_decode(q, k_cache, v_cache, None, length, key, scale, chosen)[0]
+        return call(decode_ops.sparse_decode, q, k_cache, v_cache, length.to(q.device), 0, key, scale, chosen)[0]
+    return call(decode_ops.sparse_decode, q, k_cache, v_cache, None, length, key, scale, chosen)[0]

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from igpt_kernels import self_check, tuning
 from igpt_kernels.self_check_cases import CASES
+from igpt_kernels.tensors import needs_plain_operations, python_number, shown
 
 
 @dataclass(frozen=True)
@@ -226,22 +228,23 @@ def explain(
         ValueError: unknown operation or device.
     """
     if not isinstance(op, str) or op not in IMPLEMENTATIONS:
-        raise ValueError(f"op must be one of {', '.join(IMPLEMENTATIONS)}; got {op!r}")
-    name, size = SIZE_ARGUMENT[op], None
+        raise ValueError(f"op must be one of {', '.join(IMPLEMENTATIONS)}; got {shown(op)}")
+    name = SIZE_ARGUMENT[op]
+    size: object = None
     for argument, value in (("head_dim", head_dim), ("width", width), ("vocab", vocab)):
         if argument == name:
-            size = value
+            size = python_number(value)
         elif value is not None:
-            raise TypeError(f"{argument} must be None for {op}, which takes {name or 'no size'}; got {value!r}")
+            raise TypeError(f"{argument} must be None for {op}, which takes {name or 'no size'}; got {shown(value)}")
     if name is not None and (not isinstance(size, int) or isinstance(size, bool)):
-        raise TypeError(f"{name} must be given for {op}" + ("" if size is None else f" as an int, got {size!r}"))
+        raise TypeError(f"{name} must be given for {op}" + ("" if size is None else f" as an int, got {shown(size)}"))
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     try:
         place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch.device or the name of one, got {device!r}") from error
-    return _table(op, dtype, place, size)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must be a torch.device or the name of one, got {shown(device)}") from error
+    return _table(op, dtype, place, size if isinstance(size, int) else None)
 
 
 def _table(op: str, dtype: torch.dtype, device: torch.device, size: int | None) -> list[tuple[str, list[str]]]:
@@ -259,8 +262,8 @@ def choose(backend: str, table: Sequence[tuple[str, list[str]]], op: str) -> str
         BackendUnavailable: the named backend (or, for auto, every backend) has a reason against it.
     """
     names = [name for name, _ in table]
-    if backend != "auto" and backend not in names:
-        raise ValueError(f"backend must be auto, {', '.join(names)} for {op}; got {backend!r}")
+    if not isinstance(backend, str) or backend not in ("auto", *names):
+        raise ValueError(f"backend must be auto, {', '.join(names)} for {op}; got {shown(backend)}")
     for name, found in table:
         if backend in ("auto", name) and not found:
             return name
@@ -268,17 +271,28 @@ def choose(backend: str, table: Sequence[tuple[str, list[str]]], op: str) -> str
     raise BackendUnavailable(f"{op} cannot run with backend={backend!r}: {refused}")
 
 
-def select(op: str, backend: str, *, dtype: torch.dtype, device: torch.device, size: int | None = None) -> str:
+def select(op: str, backend: str, tensors: Sequence[Tensor], size: int | None = None) -> str:
     """The backend that runs a call of `op`; a name never falls back. Stops at the first that can run.
+
+    Args:
+        op: name of a public operation.
+        backend: what the caller asked for.
+        tensors: the floating-point inputs of the call; the first one's dtype and device count.
+        size: of the kind that `SIZE_ARGUMENT` names.
 
     Raises:
         ValueError, BackendUnavailable: see `choose`.
     """
-    name = SIZE_ARGUMENT[op]
-    for each in IMPLEMENTATIONS[op]:
-        if backend in ("auto", each.backend) and not reasons(each, dtype=dtype, device=device, size=size, size_name=name):
-            return each.backend
-    return choose(backend, _table(op, dtype, device, size), op)
+    name, dtype, device = SIZE_ARGUMENT[op], tensors[0].dtype, tensors[0].device
+    limit = needs_plain_operations(tensors)
+    if not limit and isinstance(backend, str):
+        for each in IMPLEMENTATIONS[op]:
+            if backend in ("auto", each.backend) and not reasons(each, dtype=dtype, device=device, size=size, size_name=name):
+                return each.backend
+    table = [
+        (each, [*found, limit] if limit and each != "reference" else found) for each, found in _table(op, dtype, device, size)
+    ]
+    return choose(backend, table, op)
 
 
 @functools.cache
@@ -316,4 +330,4 @@ def step(op: str, backend: str, name: str) -> Callable[..., Any]:
         if each.backend == backend and name in each.functions:
             return _checked(op, name) if (op, name, backend) in _CHECKED else _load(each.functions[name])
     known = [each.backend for each in IMPLEMENTATIONS[op] if name in each.functions]
-    raise ValueError(f"backend must be one of {', '.join(known)} for {name} of {op}; got {backend!r}")
+    raise ValueError(f"backend must be one of {', '.join(known)} for {name} of {op}; got {shown(backend)}")

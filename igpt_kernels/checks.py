@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from igpt_kernels.layouts import SparseLayout, joined
+from igpt_kernels.tensors import is_readable, python_number, shown
 
 # A whole number can be finite and above it; comparisons find that, `float` raises OverflowError.
 _LARGEST = sys.float_info.max
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
 def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
@@ -21,16 +23,60 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: t
 
     Raises:
         TypeError: not a tensor, or a dtype outside `dtypes`.
-        ValueError: another number of dimensions than `ndim`.
+        ValueError: a sparse or nested tensor, or another number of dimensions than `ndim`.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value) is not Tensor and torch.nn.parameter.is_lazy(value):
+        raise ValueError(f"{name} must have a shape, got a parameter that its lazy module has not initialised")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor (layout torch.strided), got {kind}")
     if dtypes is not None and value.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must have dtype {wanted}; got {str(value.dtype).removeprefix('torch.')}")
     if ndim is not None and value.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
     return value
+
+
+def check_memory(tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuse tensors that an operator could not read, or could not keep for the backward pass.
+
+    Raises:
+        ValueError: memory that was freed (``untyped_storage().resize_(0)``), which would end the process; an inference tensor
+            beside one that requires a gradient, which torch refuses without a name.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if recorded and x.is_inference():
+            raise ValueError(
+                f"{name} must not be an inference tensor where another argument requires a gradient; "
+                "clone it outside of torch.inference_mode"
+            )
+        # Of these classes only: others, those that stand for a tensor while it is traced, refuse to say where they lie.
+        if (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.data_ptr() and x.numel() and not x.is_meta:
+            raise ValueError(f"{name} must have memory, got shape {tuple(x.shape)} on a storage of 0 bytes")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object) -> int:
+    """The integer that `value` is, one of NumPy too. Raises TypeError."""
+    number: int = python_number(value)  # type: ignore[assignment]
+    if not _is_whole(number):
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+    return number
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
@@ -43,21 +89,23 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
-def check_attention(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Check q [B,H,Tq,D], k and v [B,H,Tk,D] of one dtype and device.
+def check_attention(q: object, k: object, v: object, names: Sequence[str] = ("q", "k", "v")) -> tuple[Tensor, Tensor, Tensor]:
+    """Check q [B,H,Tq,D], k and v [B,H,Tk,D] of one dtype and device; `names` are those of the arguments.
 
     Raises:
         TypeError: not tensors, not floating point, or mixed dtypes.
-        ValueError: shapes or devices that do not fit together.
+        ValueError: shapes or devices that do not fit together, or what `check_memory` refuses.
     """
-    q = check_tensor("q", q, ndim=4, dtypes=FLOAT_DTYPES)
-    for name, value in (("k", k), ("v", v)):
+    q = check_tensor(names[0], q, ndim=4, dtypes=FLOAT_DTYPES)
+    shape, device = q.shape, q.device
+    for name, value in ((names[1], k), (names[2], v)):
         other = check_tensor(name, value, ndim=4, dtypes=FLOAT_DTYPES)
+        theirs = other.shape
         if other.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q ({q.dtype}), got {other.dtype}")
-        if other.device != q.device:
-            raise ValueError(f"{name} must be on the device of q ({q.device}), got {other.device}")
-        if (other.shape[0], other.shape[1], other.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
+        if other.device != device:
+            raise ValueError(f"{name} must be on the device of q ({device}), got {other.device}")
+        if theirs[0] != shape[0] or theirs[1] != shape[1] or theirs[3] != shape[3]:
             raise ValueError(
                 f"{name} must be [B,H,T,D] with B, H, D of q {tuple(q.shape)}, got {tuple(other.shape)}; "
                 "grouped heads are not supported"
@@ -65,14 +113,16 @@ def check_attention(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Te
     assert isinstance(k, Tensor)
     assert isinstance(v, Tensor)
     if k.shape != v.shape:
-        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+        raise ValueError(f"{names[2]} must have the shape of {names[1]} {tuple(k.shape)}, got {tuple(v.shape)}")
+    check_memory(dict(zip(names, (q, k, v), strict=True)))
     return q, k, v
 
 
 def check_causal(causal: object) -> bool:
     """Whether the future is hidden. Raises TypeError unless it is a bool, which the operators want."""
+    causal = python_number(causal)
     if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
+        raise TypeError(f"causal must be True or False, got {shown(causal)}")
     return causal
 
 
@@ -80,16 +130,18 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The softmax scale: 1/sqrt(D) when None. Raises ValueError unless it is a finite number."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST:
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
-    return float(scale)
+    number: float = python_number(scale)  # type: ignore[assignment]
+    if not _is_number(number) or not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"scale must be a finite number or None, got {shown(scale)}")
+    return float(number)
 
 
 def check_eps(eps: float) -> float:
     """What is added to a mean of squares. Raises ValueError unless it is a finite number, not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps <= _LARGEST:
-        raise ValueError(f"eps must be a finite number from 0 on, got {eps!r}")
-    return float(eps)
+    number: float = python_number(eps)  # type: ignore[assignment]
+    if not _is_number(number) or not 0 <= number <= _LARGEST:
+        raise ValueError(f"eps must be a finite number from 0 on, got {shown(eps)}")
+    return float(number)
 
 
 def check_rows(x: object) -> Tensor:
@@ -124,18 +176,18 @@ def check_companion(name: str, value: object, x: Tensor, shape: Sequence[int]) -
 
 def check_loss(
     hidden: object, weight: object, target: object, ignore_index: object, reduction: object, z_loss: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments of a linear layer's cross-entropy: hidden [..., C], weight [V,C], target int64 [...].
+) -> tuple[Tensor, Tensor, Tensor, int, float]:
+    """Check the arguments of a linear layer's cross-entropy: hidden [..., C], weight [V,C], target int [...] (to int64).
 
     Targets are read on the CPU only, because reading them from a GPU would stall the stream.
 
     Raises:
         TypeError: not tensors, wrong or mixed dtypes, or an `ignore_index` that is no int.
-        ValueError: shapes or devices that do not fit together, or a value out of range.
+        ValueError: shapes or devices that do not fit together, a value out of range, or what `check_memory` refuses.
     """
     hidden = check_tensor("hidden", hidden, dtypes=FLOAT_DTYPES)
     weight = check_tensor("weight", weight, ndim=2, dtypes=FLOAT_DTYPES)
-    target = check_tensor("target", target, dtypes=(torch.int64,))
+    target = check_tensor("target", target, dtypes=INT_DTYPES).to(torch.int64)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden must be [..., C] with C at least 1, got shape {tuple(hidden.shape)}")
     if weight.dtype != hidden.dtype:
@@ -147,22 +199,21 @@ def check_loss(
     for name, value in (("weight", weight), ("target", target)):
         if value.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden ({hidden.device}), got {value.device}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit into int64 like the targets, got {ignore_index}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
+    ignored = check_whole("ignore_index", ignore_index)
+    if not -(2**63) <= ignored < 2**63:
+        raise ValueError(f"ignore_index must fit into int64 like the targets, got {ignored}")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none; got {shown(reduction)}")
     # Comparisons, not math.isfinite, which torch.compile cannot trace where it takes the number for a variable.
-    if isinstance(z_loss, bool) or not isinstance(z_loss, (int, float)) or not 0 <= z_loss <= _LARGEST:
-        raise ValueError(f"z_loss must be a finite number from 0 on, got {z_loss!r}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignore_index)]
+    factor: float = python_number(z_loss)  # type: ignore[assignment]
+    if not _is_number(factor) or not 0 <= factor <= _LARGEST:
+        raise ValueError(f"z_loss must be a finite number from 0 on, got {shown(z_loss)}")
+    check_memory({"hidden": hidden, "weight": weight, "target": target})
+    if is_readable(target):
+        wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignored)]
         if wrong.numel():
-            raise ValueError(
-                f"target must be from 0 to {weight.shape[0] - 1} or ignore_index {ignore_index}, got {int(wrong[0])}"
-            )
-    return hidden, weight, target
+            raise ValueError(f"target must be from 0 to {weight.shape[0] - 1} or ignore_index {ignored}, got {int(wrong[0])}")
+    return hidden, weight, target, ignored, float(factor)
 
 
 def check_length(length: object, *, batch: int, longest: int, what: str = "the cache's") -> int | Tensor:
@@ -175,18 +226,19 @@ def check_length(length: object, *, batch: int, longest: int, what: str = "the c
         TypeError: neither int nor integer tensor.
         ValueError: wrong shape, or a value outside the cache.
     """
-    if isinstance(length, bool):
-        raise TypeError("length must be an int or an integer tensor [B], got bool")
-    if isinstance(length, int):
-        if not 0 <= length <= longest:
-            raise ValueError(f"length must be from 0 to {what} {longest}, got {length}")
-        return length
-    if not isinstance(length, Tensor) or length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
-        raise TypeError(f"length must be an int or an integer tensor [B], got {length!r}")
+    if not isinstance(length, Tensor):
+        number: int = python_number(length)  # type: ignore[assignment]
+        if not _is_whole(number):
+            raise TypeError(f"length must be an int or an integer tensor [B], got {shown(length)}")
+        if not 0 <= number <= longest:
+            raise ValueError(f"length must be from 0 to {what} {longest}, got {number}")
+        return number
+    length = check_tensor("length", length, dtypes=INT_DTYPES)
+    if length.dtype not in (torch.int32, torch.int64):  # torch has no minimum of unsigned ones
+        length = length.to(torch.int64)
     if length.shape != (batch,):
         raise ValueError(f"length must have shape [B] = [{batch}], got {tuple(length.shape)}")
-    readable = length.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and batch and not (int(length.min()) >= 0 and int(length.max()) <= longest):
+    if is_readable(length) and batch and not (int(length.min()) >= 0 and int(length.max()) <= longest):
         raise ValueError(f"length must be from 0 to {what} {longest}, got {length.tolist()}")
     return length
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from igpt_kernels import backends, reference
 from igpt_kernels._ops import loss as ops
+from igpt_kernels._ops.transforms import call
 from igpt_kernels.checks import autocast, check_loss
 
 
@@ -29,7 +30,7 @@ def linear_cross_entropy(
         hidden: [..., C], float16, bfloat16, float32 or float64; any strides (copied where its rows do not lie at one
             distance from each other).
         weight: [V,C], of hidden's dtype and device; Triton takes 2 to 8192 classes.
-        target: int64 [...], each a class or `ignore_index`.
+        target: integers [...], each a class or `ignore_index`.
         ignore_index: target of rows that do not count: their loss and gradients are 0.
         reduction: ``"mean"`` over the rows that count (NaN where none does, as F.cross_entropy has it, with zero gradients),
             ``"sum"``, or ``"none"``.
@@ -58,19 +59,20 @@ def linear_cross_entropy(
     (64 rows at least), and such sums. torch.compile keeps a second hidden's gradient.
     """
     hidden, weight = autocast(hidden, weight)
-    hidden, weight, target = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)
-    op, vocab = "linear_cross_entropy", weight.shape[0]
-    chosen = backends.select(op, backend, dtype=hidden.dtype, device=hidden.device, size=vocab)
+    checked = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)
+    hidden, weight, target, ignore_index, z_loss = checked
+    chosen = backends.select("linear_cross_entropy", backend, (hidden, weight), weight.shape[0])
     if chosen == "reference":
         return reference.linear_cross_entropy_reference(
             hidden, weight, target, ignore_index=ignore_index, reduction=reduction, z_loss=z_loss
         )
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    if reduction != "none" and any(needed):
+    # Gradients made beside a sum are one tensor, used in place. A transform of torch.func wants functions of tensors.
+    if reduction != "none" and any(needed) and not torch._C._are_functorch_transforms_active():
         # One number's gradient: three products. Every row's own wants the logits again in the backward pass: four.
-        return ops.cross_entropy_sum(rows, weight, labels, ignore_index, z_loss, reduction == "mean", *needed, chosen)[0]
-    loss = ops.cross_entropy_rows(rows, weight, labels, ignore_index, z_loss, chosen)[0]
+        return call(ops.cross_entropy_sum, rows, weight, labels, ignore_index, z_loss, reduction == "mean", *needed, chosen)[0]
+    loss = call(ops.cross_entropy_rows, rows, weight, labels, ignore_index, z_loss, chosen)[0]
     if reduction == "none":
         return loss.view(target.shape)
     total = loss.sum()

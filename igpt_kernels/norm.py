@@ -8,7 +8,8 @@ from torch import Tensor
 
 from igpt_kernels import backends, reference
 from igpt_kernels._ops import norm as ops
-from igpt_kernels.checks import check_companion, check_eps, check_rows
+from igpt_kernels._ops.transforms import call
+from igpt_kernels.checks import check_companion, check_eps, check_memory, check_rows
 
 
 @overload
@@ -59,9 +60,10 @@ def rms_norm(
     eps = check_eps(eps)
     if residual is not None:
         residual = check_companion("residual", residual, x, x.shape)
-    chosen = backends.select("rms_norm", backend, dtype=x.dtype, device=x.device, size=x.shape[-1])
+    check_memory({"x": x, "weight": weight, "residual": residual})
+    chosen = backends.select("rms_norm", backend, (x, weight) if residual is None else (x, weight, residual), x.shape[-1])
     if chosen == "reference":
         return reference.rms_norm_reference(x, weight, eps=eps, residual=residual)
     if residual is None:
-        return ops.rms_norm_forward(x, weight, eps, chosen)[0]
-    return ops.add_rms_norm_forward(x, residual, weight, eps, chosen)[:2]
+        return call(ops.rms_norm_forward, x, weight, eps, chosen)[0]
+    return call(ops.add_rms_norm_forward, x, residual, weight, eps, chosen)[:2]

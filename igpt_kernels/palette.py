@@ -7,6 +7,7 @@ table of all answers once; after that a lookup costs the same for 2 and for 65,5
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from igpt_kernels import backends
 from igpt_kernels._native import load
+from igpt_kernels._ops.transforms import over_leading
 from igpt_kernels._torch import palette as torch_palette
-from igpt_kernels.checks import check_tensor
+from igpt_kernels.checks import INT_DTYPES, check_memory, check_tensor, check_whole
 from igpt_kernels.reference import palette_lookup_reference
+from igpt_kernels.tensors import shown
 
 Backend = Literal["auto", "ext", "torch", "reference"]
 Maker = Literal["ext", "torch"]
@@ -109,8 +112,11 @@ class PaletteTable:
             ValueError: a token is outside 0..V-1.
         """
         _check_tokens(tokens)
+        return over_leading(self._colors_of, tokens)
+
+    def _colors_of(self, tokens: Tensor) -> Tensor:
         index = tokens.to(torch.int64)
-        if index.numel() > 0:
+        if index.numel() > 0 and type(index) is Tensor and not index.is_meta:  # others have no values to check
             low, high = index.aminmax()
             if low < 0 or high >= self.size:
                 self._refuse(index)
@@ -134,11 +140,14 @@ class PaletteTable:
         """
         _check_tokens(tokens)
         dims = tokens.ndim + 1
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+        channel_dim = check_whole("channel_dim", channel_dim)
         if not -dims <= channel_dim < dims:
             raise ValueError(f"channel_dim={channel_dim} is no dimension of pixels for tokens of shape {list(tokens.shape)}")
-        channel_dim %= dims
+        return over_leading(functools.partial(self._pixels_of, from_last=dims - channel_dim % dims), tokens)
+
+    def _pixels_of(self, tokens: Tensor, from_last: int) -> Tensor:
+        """`pixels_of` with red, green and blue in dimension ``-from_last``."""
+        channel_dim = tokens.ndim + 1 - from_last
         if _choose(self._backend, tokens.device, "pixels_of") != "ext":
             colors = self.colors_of(tokens).round().clamp(0, 255).to(torch.uint8)
             return colors.movedim(-1, channel_dim).contiguous()
@@ -156,7 +165,7 @@ class PaletteTable:
         """Write the colours to a safetensors file ("colors", float64 [V, 3]). An existing file is replaced in one step."""
         from safetensors.torch import save
 
-        target = Path(path)
+        target = _checked_path(path)
         content = save({"colors": self._colors}, metadata={"format": "pt", "kind": "igpt_kernels.PaletteTable"})
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         try:
@@ -180,7 +189,7 @@ class PaletteTable:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        content = Path(path).read_bytes()
+        content = _checked_path(path).read_bytes()
         try:
             tensors = load(content)
         except (SafetensorError, KeyError) as error:
@@ -258,12 +267,19 @@ def palette_lookup(
     """
     if not isinstance(table, PaletteTable):
         raise TypeError(f"table must be a PaletteTable, got {type(table).__name__}; make one with PaletteTable(colors)")
-    return _lookup(table, pixels, -1, dtype, table._backend if backend == "auto" else backend)
+    return _lookup(table, pixels, -1, dtype, table._backend if isinstance(backend, str) and backend == "auto" else backend)
 
 
 def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.dtype, backend: Backend) -> Tensor:
     channel_dim = _checked_pixels(pixels, channel_dim)
     _check_dtype(dtype, table.size)
+    from_last = pixels.ndim - channel_dim
+    return over_leading(functools.partial(_find, table, from_last=from_last, dtype=dtype, backend=backend), pixels)
+
+
+def _find(table: PaletteTable, pixels: Tensor, from_last: int, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """`palette_lookup` of pixels with red, green and blue in dimension ``-from_last``."""
+    channel_dim = pixels.ndim - from_last
     chosen = _choose(backend, pixels.device, "palette_lookup")
     if chosen == "reference":
         colors = table._colors.to(pixels.device)
@@ -280,7 +296,7 @@ def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.
 
 def _choose(backend: Backend, device: torch.device, op: str) -> str:
     """The backend for tensors of `device`; asked for by name, an extension that was not built is built now."""
-    if backend == "ext" and load.status().path is None and not torch.compiler.is_compiling():
+    if isinstance(backend, str) and backend == "ext" and load.status().path is None and not torch.compiler.is_compiling():
         load.build()
     return backends.choose(backend, backends.explain("palette_lookup", dtype=torch.uint8, device=device), op)
 
@@ -289,23 +305,32 @@ def _ext_serves(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda") and load.status("cuda" if device.type == "cuda" else "cpu").loaded
 
 
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or os.PathLike, got {shown(path)}")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"path must hold no null character, got {shown(path)}")
+    return Path(path)
+
+
 def _check_tokens(tokens: Tensor) -> None:
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a torch.Tensor of integers, got {type(tokens).__name__}")
-    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
-        raise TypeError(f"tokens must be a torch.Tensor of integers, got dtype {tokens.dtype}")
+    check_tensor("tokens", tokens, dtypes=(*INT_DTYPES, torch.uint64))
+    check_memory({"tokens": tokens})
 
 
 def _checked_colors(colors: Any) -> Tensor:
     """A contiguous float64 copy [V, 3] on the CPU."""
     if isinstance(colors, Tensor):
+        check_tensor("colors", colors)
+        check_memory({"colors": colors})
         real = not (colors.is_complex() or colors.dtype == torch.bool)
         kind, shape = f"a tensor of {colors.dtype}", list(colors.shape)
     else:
         try:
             colors = np.asarray(colors)  # not torch.as_tensor, which makes float32 of Python's floats
-        except ValueError as error:
-            raise TypeError(f"colors must be numbers [V, 3], got rows that do not fit together ({error})") from error
+        except Exception as error:  # whatever an object of the caller raises
+            reason = " ".join(str(error).split())
+            raise TypeError(f"colors must be numbers [V, 3], got {shown(colors)} ({reason})") from error
         real = colors.dtype.kind in "iuf"
         kind, shape = f"an array of {colors.dtype}", list(colors.shape)
     if not real:
@@ -329,8 +354,8 @@ def _checked_colors(colors: Any) -> Tensor:
 def _checked_pixels(pixels: Tensor, channel_dim: int) -> int:
     """`channel_dim`, counted from the front."""
     check_tensor("pixels", pixels, dtypes=(torch.uint8,))
-    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-        raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+    check_memory({"pixels": pixels})
+    channel_dim = check_whole("channel_dim", channel_dim)
     if not -pixels.ndim <= channel_dim < pixels.ndim:
         raise ValueError(f"channel_dim={channel_dim} is no dimension of pixels with shape {list(pixels.shape)}")
     if pixels.shape[channel_dim] != 3:
@@ -341,8 +366,8 @@ def _checked_pixels(pixels: Tensor, channel_dim: int) -> int:
 
 
 def _check_dtype(dtype: torch.dtype, size: int) -> None:
-    if dtype not in _CAPACITY:
+    if not isinstance(dtype, torch.dtype) or dtype not in _CAPACITY:
         names = ", ".join(str(known).removeprefix("torch.") for known in _CAPACITY)
-        raise TypeError(f"dtype must be one of {names}; got {dtype}")
+        raise TypeError(f"dtype must be one of {names}; got {shown(dtype)}")
     if size > _CAPACITY[dtype]:
         raise ValueError(f"dtype={dtype} holds the indices of at most {_CAPACITY[dtype]} colors, the palette has {size}")

@@ -93,7 +93,7 @@ def attention_reference(
 def decode_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """The oracle of decoding: sequence by sequence, the attention of one query over the first `length` keys.
+    """The oracle of decoding: the attention of one query over the first `length` keys of its sequence.
 
     Args:
         q: [B,H,1,D].
@@ -105,12 +105,12 @@ def decode_attention_reference(
     Returns:
         [B,H,1,D].
     """
-    lengths = [length] * q.shape[0] if isinstance(length, int) else [int(value) for value in length]
-    rows = [
-        attention_reference(q[b : b + 1], k_cache[b : b + 1, :, :n], v_cache[b : b + 1, :, :n], causal=False, scale=scale)[0]
-        for b, n in enumerate(lengths)
-    ]
-    return torch.cat(rows) if rows else q * 0
+    if not isinstance(length, Tensor):
+        return attention_reference(q, k_cache[:, :, :length], v_cache[:, :, :length], causal=False, scale=scale)[0]
+    visible = (torch.arange(k_cache.shape[2], device=q.device) < length.to(q.device)[:, None])[:, None, None, :]
+    # Behind its length a cache may hold NaN, and 0 x NaN is NaN.
+    k, v = (x.masked_fill(~visible.transpose(-1, -2), 0.0) for x in (k_cache, v_cache))
+    return attention_reference(q, k, v, causal=False, scale=scale, mask=visible)[0]
 
 
 def rms_norm_reference(

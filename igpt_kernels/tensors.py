@@ -1,9 +1,73 @@
-"""What several implementations share: dtype of sums, memory order of outputs, keys not visible, sign of the scale."""
+"""What several implementations share: kinds of tensors, dtype of sums, memory order, keys not visible, sign of the scale."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+_BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorchBatched")]
+# Of torch itself: they stand for a tensor while something is traced, and operators know them.
+_TRACED = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor", "TwoTensor")
+
+
+def shown(value: object) -> str:
+    """A value in an error's message: one line, at most 80 characters."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def python_number(value: object) -> object:
+    """The number that a scalar of NumPy stands for; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is one tensor with values: not one that torch.compile traces, and not a batch under vmap or is_grads_batched.
+
+    The batch of is_grads_batched has the type of any tensor. Only its dispatch keys tell.
+    """
+    return type(x) is Tensor and not any(torch._C._dispatch_keys(x).has(key) for key in _BATCHED)  # type: ignore[arg-type]
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether Python may look at the values of x now: on the CPU, and neither traced nor transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and is_plain(x)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def needs_plain_operations(tensors: Sequence[Tensor]) -> str:
+    """Why operations of torch alone can serve a call, and no operator of ours; empty where one can.
+
+    Forward-mode derivatives: operators have none, and torch would take 0 for them without a word. Subclasses of a tensor with
+    operations of their own (quantised weights, DTensor): they know those of torch.
+    """
+    if forward_ad._current_level >= 0 and _has_tangent(tensors):
+        return "forward-mode derivatives (torch.func.jvp, dual tensors) are those of the reference only"
+    for x in tensors:
+        kind = type(x)
+        if kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__name__ in _TRACED:
+            continue
+        return f"tensors of class {kind.__name__} have operations of their own"
+    return ""
+
+
+def _has_tangent(tensors: Sequence[Tensor]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True  # which of several levels has a tangent cannot be told
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -49,9 +49,9 @@ TESTED_BY = {
     "igpt_kernels._ops.norm": "tests/igpt_kernels/test_norm.py",
     "igpt_kernels._ops.activation": "tests/igpt_kernels/test_activation.py",
     "igpt_kernels._ops.shared": "tests/igpt_kernels/_ops/test_attention.py",
+    "igpt_kernels._ops.transforms": "tests/igpt_kernels/test_transforms.py",
     "igpt_kernels.block_lists": "tests/igpt_kernels/test_layouts.py",
     "igpt_kernels.patterns": "tests/igpt_kernels/test_layouts.py",
-    "igpt_kernels.checks": "tests/igpt_kernels/test_attention.py, test_loss.py, test_norm.py",
     "igpt_kernels.memory": "tests/igpt_kernels/test_attention.py",
     "igpt_kernels.self_check_cases": "tests/igpt_kernels/test_self_check.py, tests/gpu/test_self_check.py",
     "igpt_kernels.reference": "tests/igpt_kernels/test_attention.py, test_loss.py, test_norm.py, test_activation.py",
@@ -236,6 +236,8 @@ def test_every_test_file_has_its_module() -> None:
 
 SUBJECTS = {
     "tests/igpt_kernels/test_sparse.py": "block_sparse_attention, which has no module of its own",
+    "tests/igpt_kernels/test_transforms.py": "every operation under transforms of torch",
+    "tests/igpt_kernels/test_views.py": "every operation on views",
     "tests/igpt_kernels/_triton/test_interpreter.py": "starts tests/interpreter",
     "tests/igpt/kernels/test_huggingface_swaps.py": "use_kernels on models of transformers",
     "tests/igpt/training/test_resume.py": "pretrain, continued",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from igpt_kernels import backends
 from igpt_kernels._ops.shared import dispatch, register
+from igpt_kernels._ops.transforms import call, in_rows
 
 
 def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    dx, dbias = quick_gelu_backward(grad, x, bias, ctx.backend)
+    dx, dbias = call(quick_gelu_backward, grad, x, bias, ctx.backend)
     return dx, None if bias is None else dbias, None
 
 
@@ -41,6 +42,7 @@ quick_gelu_forward = register(
     _forward_fake,
     save=_save,
     backward=_gradients,
+    rule=in_rows,
 )
 quick_gelu_backward = register(
     "quick_gelu_backward(Tensor grad, Tensor x, Tensor? bias, str backend) -> (Tensor dx, Tensor dbias)",

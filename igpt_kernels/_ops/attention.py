@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt_kernels._ops.shared import dispatch, register
+from igpt_kernels._ops.transforms import call, in_batch
 from igpt_kernels.tensors import empty_heads, empty_lse
 
 
@@ -39,7 +40,7 @@ def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = flash_backward(grad, *ctx.saved_tensors, *ctx.how)
+    dq, dk, dv = call(flash_backward, grad, *ctx.saved_tensors, *ctx.how)
     return dq, dk, dv, None, None, None
 
 
@@ -65,6 +66,7 @@ flash_forward = register(
     save=save_attention,
     backward=_gradients,
     flops=_forward_flops,
+    rule=in_batch,
 )
 flash_backward = register(
     "flash_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, str backend)"
@@ -73,4 +75,5 @@ flash_backward = register(
     _backward_fake,
     second="flash attention",
     flops=_backward_flops,
+    rule=in_batch,
 )

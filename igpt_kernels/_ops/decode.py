@@ -13,6 +13,7 @@ from torch import Tensor
 
 from igpt_kernels import backends
 from igpt_kernels._ops.shared import register
+from igpt_kernels._ops.transforms import in_batch
 from igpt_kernels._torch import decode as torch_decode
 from igpt_kernels.layouts import groups_of, keys_in, registered
 from igpt_kernels.tensors import empty_heads, empty_lse, zero_not_visible
@@ -112,6 +113,7 @@ decode = register(
     save=_save,
     backward=_dense_gradients,
     flops=_dense_flops,
+    rule=in_batch,
 )
 sparse_decode = register(
     "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, SymInt length, str layout, float scale,"
@@ -121,4 +123,5 @@ sparse_decode = register(
     save=_save_sparse,
     backward=_sparse_gradients,
     flops=_sparse_flops,
+    rule=in_batch,
 )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_kernels._ops.shared import dispatch, is_plain, once, register
+from igpt_kernels._ops.shared import dispatch, once, register
+from igpt_kernels._ops.transforms import call
 from igpt_kernels._torch import loss as torch_loss
-from igpt_kernels.tensors import accumulation_dtype
+from igpt_kernels.tensors import accumulation_dtype, is_plain
 
 
 def _rows_fake(
@@ -67,7 +68,7 @@ def _rows_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     *numbers, backend = ctx.how
     needs = (need_hidden, need_weight)
-    dhidden, dweight = cross_entropy_rows_backward(grad, *ctx.saved_tensors, *numbers, *needs, backend)
+    dhidden, dweight = call(cross_entropy_rows_backward, grad, *ctx.saved_tensors, *numbers, *needs, backend)
     return dhidden if need_hidden else None, dweight if need_weight else None, None, None, None, None
 
 

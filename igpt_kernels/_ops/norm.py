@@ -9,6 +9,7 @@ from torch import Tensor
 
 from igpt_kernels import backends
 from igpt_kernels._ops.shared import register
+from igpt_kernels._ops.transforms import call, in_rows
 from igpt_kernels.tensors import accumulation_dtype
 
 
@@ -69,7 +70,7 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _norm_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, _, dweight = rms_norm_backward(grad, None, *ctx.saved_tensors, None, ctx.backend)
+    dx, _, dweight = call(rms_norm_backward, grad, None, *ctx.saved_tensors, None, ctx.backend)
     return dx, dweight, None, None
 
 
@@ -92,7 +93,7 @@ def _add_norm_gradients(ctx: Any, grad: Tensor | None, grad_summed: Tensor | Non
         return grad_summed.to(of_x), grad_summed.to(of_residual), None, None, None
     others = [dtype for dtype in (of_x, of_residual) if dtype != summed.dtype]
     narrow = others[0] if others else None
-    ds, low, dweight = rms_norm_backward(grad, grad_summed, summed, weight, rstd, narrow, backend)
+    ds, low, dweight = call(rms_norm_backward, grad, grad_summed, summed, weight, rstd, narrow, backend)
     dx, dresidual = (low if dtype == narrow else ds.to(dtype) for dtype in (of_x, of_residual))
     return dx, dresidual, dweight, None, None
 
@@ -103,6 +104,7 @@ rms_norm_forward = register(
     _norm_fake,
     save=_save_norm,
     backward=_norm_gradients,
+    rule=in_rows,
 )
 add_rms_norm_forward = register(
     "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
@@ -111,6 +113,7 @@ add_rms_norm_forward = register(
     _add_norm_fake,
     save=_save_add_norm,
     backward=_add_norm_gradients,
+    rule=in_rows,
 )
 rms_norm_backward = register(
     "rms_norm_backward(Tensor grad, Tensor? grad_summed, Tensor s, Tensor weight, Tensor rstd, ScalarType? narrow, str backend)"

@@ -15,6 +15,7 @@ from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
 from igpt_kernels import backends
+from igpt_kernels._ops import transforms
 
 _library = Library("igpt_kernels", "FRAGMENT")
 
@@ -28,6 +29,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     second: str = "",
     flops: Callable[..., int] | None = None,
+    rule: transforms.Rule = transforms.one_by_one,
 ) -> Any:
     """Define ``igpt_kernels::<schema>`` and give the operator.
 
@@ -39,17 +41,18 @@ def register(
         backward: the derivative. Without it, differentiating raises: `second` names the operation in the message.
         second: name of the operation whose first derivative this operator is.
         flops: operations by shapes, for torch.utils.flop_counter; None where no matrices are multiplied.
+        rule: how torch.vmap calls it, see `igpt_kernels._ops.transforms`.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"igpt_kernels::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"igpt_kernels::{name}", backward, setup_context=save, lib=_library)
-    elif second:
-        refuse = _no_second_derivative(second)
-        torch.library.register_autograd(f"igpt_kernels::{name}", refuse, setup_context=_save_nothing, lib=_library)
     operator = getattr(torch.ops.igpt_kernels, name)
+    if backward is None and second:
+        save, backward = _save_nothing, _no_second_derivative(second)
+    if save is not None and backward is not None:
+        torch.library.register_autograd(f"igpt_kernels::{name}", backward, setup_context=save, lib=_library)
+        transforms.differentiable(operator, save, backward, rule)
     if flops is not None:
         register_flop_formula(operator)(flops)
     return operator
@@ -62,17 +65,6 @@ def dispatch(op: str, step: str) -> Callable[..., Any]:
         return backends.step(op, arguments[-1], step)(*arguments[:-1])
 
     return run
-
-
-_BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorchBatched")]
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether x is one tensor with values: not one that torch.compile traces, and not a batch under vmap or is_grads_batched.
-
-    The batch of is_grads_batched has the type of any tensor. Only its dispatch keys tell.
-    """
-    return type(x) is Tensor and not any(torch._C._dispatch_keys(x).has(key) for key in _BATCHED)  # type: ignore[arg-type]
 
 
 class _Once(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from igpt_kernels import backends
 from igpt_kernels._ops.attention import save_attention
 from igpt_kernels._ops.shared import register
+from igpt_kernels._ops.transforms import call, in_batch
 from igpt_kernels.layouts import groups_of, keys_in, registered
 from igpt_kernels.tensors import empty_heads, empty_lse
 
@@ -49,7 +50,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = sparse_backward(grad, *ctx.saved_tensors, *ctx.how)
+    dq, dk, dv = call(sparse_backward, grad, *ctx.saved_tensors, *ctx.how)
     return dq, dk, dv, None, None, None
 
 
@@ -78,6 +79,7 @@ sparse_forward = register(
     save=_save,
     backward=_gradients,
     flops=_forward_flops,
+    rule=in_batch,
 )
 sparse_backward = register(
     "sparse_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str layout, float scale, str backend)"
@@ -86,4 +88,5 @@ sparse_backward = register(
     _backward_fake,
     second="block-sparse attention",
     flops=_backward_flops,
+    rule=in_batch,
 )

@@ -189,7 +189,7 @@ def cross_entropy_scale_(gradient: Tensor, factor: Tensor) -> None:
     What is 0 stays 0, as the mean over no row at all has the gradient inf. Half dtypes are multiplied in float32, which holds
     every factor; a GPU would round it first. On the CPU nothing is done where the factor is 1.
     """
-    if not factor.is_cuda and float(factor) == 1.0:
+    if not factor.is_cuda and float(factor.detach()) == 1.0:
         return
     masked = factor.is_cuda or not bool(torch.isfinite(factor))  # a GPU would have to be waited for
     for part in _parts(gradient.shape[0], gradient.shape[1], gradient.device):

@@ -98,9 +98,7 @@ def test_every_public_operation_is_explained() -> None:
         table = backends.explain(op, dtype=dtype, device="cpu", **sizes)
         assert dict(table)["torch"] == []
         assert all(reasons or name != "triton" for name, reasons in table)
-        assert backends.choose("auto", table, op) == backends.select(
-            op, "auto", dtype=dtype, device=torch.device("cpu"), size=64
-        )
+        assert backends.choose("auto", table, op) == backends.select(op, "auto", [torch.zeros(0, dtype=dtype)], 64)
 
 
 def test_the_palette_gives_its_reasons_from_the_table() -> None:
@@ -158,10 +156,9 @@ def test_a_choice_by_name_looks_at_that_backend_alone() -> None:
         looked.append(implementation.backend)
         return reasons(implementation, **facts)  # type: ignore[arg-type]
 
-    facts = {"dtype": torch.float32, "device": torch.device("cpu")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "reasons", spy)
-        assert backends.select("flash_attention", "torch", size=64, **facts) == "torch"  # type: ignore[arg-type]
+        assert backends.select("flash_attention", "torch", [torch.zeros(0)], 64) == "torch"
     assert looked == ["torch"]
 
 
