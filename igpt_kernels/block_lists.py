@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_kernels.patterns import ANY, UNBOUNDED, Box, Intersection, Part, Pattern, Union, split
+from igpt_kernels.patterns import ANY, UNBOUNDED, Box, Intersection, Part, Pattern, Predicate, Union, split
 
 FULL = -1
 """Mask number of a pair of tiles that needs no mask."""
+MOST_PAIRS = 1 << 25
+"""Pairs of tiles that lists may have to look at; building takes some 120 bytes for each."""
+
 _FEW = 16  # classes of pairs of tiles for which it costs less to look at their bits than to find those that are alike
 _CHUNK = 1 << 18  # pairs evaluated at once: their differences, 1 MiB each, stay in a cache
 
@@ -247,6 +250,9 @@ def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> _Pai
         rows, cols, columns, lag = base.rows, base.cols, base.keys, base.lag
     if causal:
         lag = (max(lag[0], 0), lag[1])
+    # Rows of tiles beside each other, and columns: two matrices of 8 bytes that are small where the grid
+    # is about a square.
+    _check_count(base, queries.tokens, max(queries.down * keys.down, queries.across * keys.across) // 8)
     qy, ky = (np.arange(t.down) * t.rows for t in (queries, keys))
     qx, kx = (np.arange(t.across) * t.cols for t in (queries, keys))
     dy = qy[:, None] - ky
@@ -255,6 +261,7 @@ def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> _Pai
         near_y &= dy + (queries.rows - 1) >= 0
     dx = kx - qx[:, None]
     near_x = _reach(dx - (queries.cols - 1), dx + (keys.cols - 1), cols) & _reach(kx, kx + keys.cols - 1, columns)
+    _check_count(base, queries.tokens, int(near_y.sum()) * int(near_x.sum()))
     y, x = np.array(np.nonzero(near_y)), np.array(np.nonzero(near_x))
     # Lags of two tiles: that of their first tokens, and how far its tokens are from those.
     lags = (dy[near_y] * queries.pitch)[:, None] - dx[near_x]
@@ -262,6 +269,14 @@ def _candidates(part: Part, causal: bool, queries: _Tiles, keys: _Tiles) -> _Pai
     if lag[1] < UNBOUNDED:
         near &= lags <= lag[1] + (keys.rows - 1) * keys.pitch + keys.cols - 1
     return _Pairs(y, x, *np.nonzero(near))
+
+
+def _check_count(base: Box | Predicate, tokens: int, count: int) -> None:
+    if count > MOST_PAIRS:
+        raise ValueError(
+            f"layout of {tokens:,} tokens: for {base.spec[:60]} about {count:,} pairs of tiles must be looked at, "
+            f"lists take {MOST_PAIRS:,}; a smaller image or pattern is needed"
+        )
 
 
 def _evaluate(layout: Layout, part: Part, queries: _Tiles, keys: _Tiles, q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -426,6 +441,7 @@ def keys_of(parts: tuple[BlockLists, ...], query: int) -> Tensor:
         visible = np.ones((entries.stop - entries.start, len(i)), dtype=bool)
         if words is not None:
             visible = _unpack(np.ascontiguousarray(words), len(i)) | (lists.q_masks[entries].numpy() == FULL)[:, None]
-        tokens = lists.first_tokens[entries][:, None] + inner
+        place = lists.q_keys[entries].numpy().astype(np.int64)
+        tokens = (place[:, 0] * lists.pitch + place[:, 1])[:, None] + inner
         found.append(tokens[visible])
     return torch.from_numpy(np.sort(np.concatenate(found)))

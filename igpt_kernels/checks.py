@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from igpt_kernels.layouts import SparseLayout, joined
 from igpt_kernels.tensors import is_readable, python_number, shown
@@ -27,7 +28,7 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: t
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value) is not Tensor and torch.nn.parameter.is_lazy(value):
+    if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
         raise ValueError(f"{name} must have a shape, got a parameter that its lazy module has not initialised")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"

@@ -10,6 +10,7 @@ patterns. Strided and fixed patterns follow Child et al. 2019 ("Generating Long 
 from __future__ import annotations
 
 import functools
+import numbers
 import re
 import weakref
 from collections import deque
@@ -17,7 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from igpt_kernels.patterns import UNBOUNDED, Box, Fn, Intersection, Pattern, Union, predicate, split
+from igpt_kernels.caches import kept
+from igpt_kernels.patterns import UNBOUNDED, Box, Fn, Intersection, Pattern, Predicate, Union, predicate, split
 
 if TYPE_CHECKING:
     import torch
@@ -25,16 +27,72 @@ if TYPE_CHECKING:
 
     from igpt_kernels.block_lists import BlockLists
 
-# Layouts by key: those that a variable still holds, and the newest 256. Others are read again from their key.
+# Layouts by key: those that a variable still holds, and the newest 256 without functions, which may hold much themselves.
+# Others are read again from their key.
 _alive: weakref.WeakValueDictionary[str, SparseLayout] = weakref.WeakValueDictionary()
 _newest: deque[SparseLayout] = deque(maxlen=256)
+# A CUDA graph reads the memory of its lists for as long as it is replayed.
+_captured: dict[tuple[str, int, int, torch.device], tuple[BlockLists, ...]] = {}
 
 
-def _check_size(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+MOST_TOKENS = (1 << 31) - 1
+"""Tokens of an image, and the largest number in a pattern: kernels count in 32 bits."""
+
+MOST_TERMS = 32
+"""Patterns joined in one layout: each is cut out of all others, so the work grows with the square."""
+
+_LONGEST_TEXT = 4000  # letters of a pattern
+_DEEPEST = MOST_TERMS  # parentheses in each other
+
+
+def _integer(name: str, value: object, low: int, high: int = MOST_TOKENS) -> int:
+    """`value` as an int from `low` to `high`; NumPy's integers are welcome, booleans are not."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    elif type(value).__name__ == "SymInt":  # a size while torch traces
+        number = value  # type: ignore[assignment]
+    else:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if number < low:
+        least = f"at least {low}" if low else "0 or more"
+        raise ValueError(f"{name} must be {least}, got {_short(number)}")
+    if number > high:
+        raise ValueError(f"{name} must be at most {high}, got {_short(number)}")
+    return number
+
+
+def _short(value: object, most: int = 60) -> str:
+    """A value in a message: on one line, and not long."""
+    text = "a number of many digits" if isinstance(value, int) and abs(value) >= 10**50 else ascii(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _check_causal(causal: object) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+
+
+def _check_image(height: object, width: object) -> tuple[int, int]:
+    """Rows and columns as ints, together no more than `MOST_TOKENS`."""
+    rows, columns = _integer("height", height, 1), _integer("width", width, 1)
+    if rows * columns > MOST_TOKENS:
+        raise ValueError(f"height x width must be at most {MOST_TOKENS}, got {rows} x {columns}")
+    return rows, columns
+
+
+def _check_device(device: torch.device | str | None) -> torch.device | None:
+    import torch
+
+    if device is None:
+        return None
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or its name, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch.device or its name, got {_short(device)}") from error
 
 
 @dataclass(frozen=True)
@@ -61,18 +119,24 @@ class SparseLayout:
     key: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        _check_size("height", self.height)
-        _check_size("width", self.width)
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"causal must be a bool, got {type(self.causal).__name__}")
-        if self.tokens == -1:
-            object.__setattr__(self, "tokens", self.height * self.width)
+        height, width = _check_image(self.height, self.width)
+        if not isinstance(self.pattern, (Box, Predicate, Union, Intersection)):
+            raise TypeError(f"pattern must be made by a function of igpt_kernels.layouts, got {type(self.pattern).__name__}")
+        _check_causal(self.causal)
+        tokens = height * width
+        if not (isinstance(self.tokens, int) and self.tokens == -1 and not isinstance(self.tokens, bool)):
+            tokens = _integer("tokens", self.tokens, 1, height * width)
+        for name, value in (("height", height), ("width", width), ("tokens", tokens)):
+            object.__setattr__(self, name, value)
         size = f"@{self.height}x{self.width}"
         tile = "" if self._tile is None else f",tile={self._tile[0]}x{self._tile[1]}"
         prefix = "" if self.tokens == self.height * self.width else f"[:{self.tokens}]"
         object.__setattr__(self, "key", f"{self.pattern.spec}{size}{prefix}{'' if self.causal else ',full'}{tile}")
-        _alive[self.key] = self
-        _newest.append(self)
+        first = _alive.setdefault(self.key, self)
+        if first is not self:  # kept as long as any layout of this key
+            object.__setattr__(self, "_first", first)
+        if "predicate#" not in self.key:
+            _newest.append(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         # By its fields, so that a copy in another process registers itself there.
@@ -105,18 +169,33 @@ class SparseLayout:
         """
         import torch
 
-        positions = []
-        for name, x in (("q", q), ("k", k)):
-            if not isinstance(x, torch.Tensor):
-                if not isinstance(x, int) or isinstance(x, bool):
-                    raise TypeError(f"{name} must be an int or an integer tensor, got {type(x).__name__}")
-                x = torch.tensor(x)
-            if x.is_floating_point() or x.dtype == torch.bool:
-                raise TypeError(f"{name} must be an int or an integer tensor, got {x.dtype}")
-            if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < self.tokens):
-                raise ValueError(f"{name} must lie from 0 to {self.tokens - 1}, got {int(x.min())} to {int(x.max())}")
-            positions.append(x.long())
-        return self._permits(positions[0], positions[1])
+        first, second = self._position("q", q), self._position("k", k)
+        try:
+            torch.broadcast_shapes(first.shape, second.shape)
+        except RuntimeError:
+            shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+            raise ValueError(f"q and k must have shapes that broadcast, got {shapes}") from None
+        return self._permits(first, second)
+
+    def _position(self, name: str, x: Tensor | int) -> Tensor:
+        """An argument of `permits` as an int64 tensor."""
+        import torch
+
+        if not isinstance(x, torch.Tensor):
+            if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+                raise TypeError(f"{name} must be an int or an integer tensor, got {type(x).__name__}")
+            if not 0 <= x < self.tokens:
+                raise ValueError(f"{name} must lie from 0 to {self.tokens - 1}, got {_short(int(x))} to {_short(int(x))}")
+            return torch.tensor(int(x))
+        if x.dtype not in (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"{name} must be an int or an integer tensor, got {x.dtype}")
+        if x.layout != torch.strided or x.is_nested or x.is_meta:
+            kind = "nested" if x.is_nested else "meta" if x.is_meta else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{name} must be an int or an integer tensor with values in memory, got a {kind} one")
+        x = x.long()
+        if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < self.tokens):
+            raise ValueError(f"{name} must lie from 0 to {self.tokens - 1}, got {int(x.min())} to {int(x.max())}")
+        return x
 
     def _permits(self, q: Tensor, k: Tensor) -> Tensor:
         result = self.pattern.permits(q, k)
@@ -127,9 +206,16 @@ class SparseLayout:
         return self.mask_rows(0, self.tokens, device)
 
     def mask_rows(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
-        """What the queries from `start` to `stop` see of the first `stop` keys: bool [stop-start, stop]."""
+        """What the queries from `start` to `stop` see of the first `stop` keys: bool [stop-start, stop].
+
+        Raises:
+            TypeError, ValueError: not ``0 <= start <= stop <= tokens``, or no device.
+        """
         import torch
 
+        stop = _integer("stop", stop, 0, self.tokens)
+        start = _integer("start", start, 0, stop)
+        device = _check_device(device)
         position = torch.arange(stop, device=device)
         return self._permits(position[start:, None], position[None, :])
 
@@ -142,13 +228,11 @@ class SparseLayout:
 
         Cost: O(touched tiles), except for predicates: all pairs once, in T² time and O(touched tiles) memory.
         """
-        return lists_of(self.key, block_m, block_n)
+        return lists_of(self.key, _block("block_m", block_m), _block("block_n", block_n))
 
     def keys_of(self, query: int) -> Tensor:
         """The keys that one query sees, int64, ascending; reads one row of tiles."""
-        if not isinstance(query, int) or not 0 <= query < self.tokens:
-            raise ValueError(f"query must be an int from 0 to {self.tokens - 1}, got {query!r}")
-        return keys_of(self.key, query)
+        return keys_of(self.key, _integer("query", query, 0, self.tokens - 1))
 
     @property
     def pairs(self) -> int:
@@ -171,8 +255,7 @@ class SparseLayout:
         Raises:
             ValueError: not from 1 to the image's tokens.
         """
-        if not isinstance(tokens, int) or not 1 <= tokens <= self.height * self.width:
-            raise ValueError(f"tokens must be from 1 to {self.height * self.width}, got {tokens!r}")
+        tokens = _integer("tokens", tokens, 1, self.height * self.width)
         return self if tokens == self.tokens else replace(self, tokens=tokens)
 
     def with_tile(self, rows: int, cols: int) -> SparseLayout:
@@ -181,8 +264,8 @@ class SparseLayout:
         Raises:
             ValueError: rows or cols no power of two, or rows x cols not from 16 to 128.
         """
+        rows, cols = _integer("rows", rows, 1), _integer("cols", cols, 1)
         for name, value in (("rows", rows), ("cols", cols)):
-            _check_size(name, value)
             if value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}")
         if not 16 <= rows * cols <= 128:
@@ -191,11 +274,13 @@ class SparseLayout:
 
     def _combine(self, other: object, kind: type[Union] | type[Intersection]) -> SparseLayout:
         if not isinstance(other, SparseLayout):
-            raise TypeError(f"a layout can be combined with a layout, got {type(other).__name__}")
+            raise TypeError(f"other: a layout can be combined with a layout, got {type(other).__name__}")
         for name in ("height", "width", "causal", "tokens"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                raise ValueError(f"both layouts must have the same {name}, got {mine} and {theirs}")
+                raise ValueError(f"other must have the same {name}, got {mine} and {theirs}")
+        if self.pattern.terms + other.pattern.terms > MOST_TERMS:
+            raise ValueError(f"pattern: at most {MOST_TERMS} patterns can be joined")
         return replace(self, pattern=kind(self.pattern, other.pattern))
 
     def __or__(self, other: SparseLayout) -> SparseLayout:
@@ -254,7 +339,7 @@ def groups_of(key: str, heads: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((one, tuple(head for head, mine in enumerate(keys) if mine == one)) for one in keys_in(key))
 
 
-@functools.lru_cache(maxsize=256)
+@kept
 def lists_of(key: str, block_m: int, block_n: int) -> tuple[BlockLists, ...]:
     """The block lists of a registered layout; see `SparseLayout.block_lists`."""
     from igpt_kernels.block_lists import build
@@ -262,10 +347,31 @@ def lists_of(key: str, block_m: int, block_n: int) -> tuple[BlockLists, ...]:
     return build(registered(key), block_m, block_n)
 
 
-@functools.lru_cache(maxsize=256)
 def lists_on(key: str, block_m: int, block_n: int, device: torch.device) -> tuple[BlockLists, ...]:
-    """The block lists of a registered layout on a device."""
+    """The block lists of a registered layout on a device. Those that a CUDA graph captures are never given up."""
+    found = _lists_on(key, block_m, block_n, device)
+    if device.type == "cuda" and _is_capturing():
+        _captured[key, block_m, block_n, device] = found
+    return found
+
+
+def _is_capturing() -> bool:
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
+
+
+@kept
+def _lists_on(key: str, block_m: int, block_n: int, device: torch.device) -> tuple[BlockLists, ...]:
     return tuple(lists.to(device) for lists in lists_of(key, block_m, block_n))
+
+
+def _block(name: str, value: object) -> int:
+    """Tokens in a tile of a kernel."""
+    number = _integer(name, value, 0)
+    if number not in (16, 32, 64, 128):
+        raise ValueError(f"{name} must be 16, 32, 64 or 128, got {number}")
+    return number
 
 
 def keys_of(key: str, query: int) -> Tensor:
@@ -277,8 +383,7 @@ def keys_of(key: str, query: int) -> Tensor:
 
 def dense(height: int, width: int, *, causal: bool = True) -> SparseLayout:
     """Every key at or before the query; every key when not causal."""
-    _check_size("height", height)
-    _check_size("width", width)
+    height, width = _check_image(height, width)
     return SparseLayout(height, width, Box("dense", height * width, (1, 64)), causal)
 
 
@@ -296,24 +401,21 @@ def local2d(height: int, width: int, radius: int, *, causal: bool = True) -> Spa
     Raises:
         TypeError, ValueError: an argument that is no int, or too small.
     """
-    if not isinstance(radius, int) or isinstance(radius, bool):
-        raise TypeError(f"radius must be an int, got {type(radius).__name__}")
-    if radius < 0:
-        raise ValueError(f"radius must not be negative, got {radius}")
-    _check_size("width", width)
+    height, width = _check_image(height, width)
+    radius = _integer("radius", radius, 0)
     box = Box(f"local2d:{radius}", width, (8, 8), rows=(-radius, radius), cols=(-radius, radius))
     return SparseLayout(height, width, box, causal)
 
 
 def row(height: int, width: int, *, causal: bool = True) -> SparseLayout:
     """The query's own row: ``ky == qy``; causal: up to the query."""
-    _check_size("width", width)
+    height, width = _check_image(height, width)
     return SparseLayout(height, width, Box("row", width, (1, 64), rows=(0, 0)), causal)
 
 
 def column(height: int, width: int, *, causal: bool = True) -> SparseLayout:
     """The query's own column: ``kx == qx``; causal: from the query upwards."""
-    _check_size("width", width)
+    height, width = _check_image(height, width)
     return SparseLayout(height, width, Box("column", width, (64, 1), cols=(0, 0)), causal)
 
 
@@ -323,11 +425,10 @@ def row_column(height: int, width: int, *, causal: bool = True) -> SparseLayout:
     return SparseLayout(height, width, Union(*sides, name="row_column"), causal)
 
 
-def _check_stride(stride: int | None, width: int) -> int:
-    if stride is None:
-        stride = width
-    _check_size("stride", stride)
-    return stride
+def _check_stride(stride: int | None, height: int, width: int) -> tuple[int, int]:
+    """The stride, and the pitch of its grid: no longer than the image, which then is one row of it."""
+    stride = _integer("stride", width if stride is None else stride, 1)
+    return stride, min(stride, height * width)
 
 
 def strided(height: int, width: int, stride: int | None = None, *, causal: bool = True) -> SparseLayout:
@@ -344,10 +445,10 @@ def strided(height: int, width: int, stride: int | None = None, *, causal: bool 
     Raises:
         TypeError, ValueError: an argument that is no int, or too small.
     """
-    _check_size("width", width)
-    stride = _check_stride(stride, width)
-    window = Box(f"window:{stride}", stride, (1, 64), rows=(-1, 1), lag=(-stride, stride))
-    every = Box(f"every:{stride}", stride, (64, 1), cols=(0, 0))
+    height, width = _check_image(height, width)
+    stride, pitch = _check_stride(stride, height, width)
+    window = Box(f"window:{stride}", pitch, (1, 64), rows=(-1, 1), lag=(-stride, stride))
+    every = Box(f"every:{stride}", pitch, (64, 1), cols=(0, 0))
     return SparseLayout(height, width, Union(window, every, name=f"strided:{stride}"), causal)
 
 
@@ -364,13 +465,13 @@ def fixed(height: int, width: int, stride: int | None = None, c: int = 8, *, cau
     Raises:
         TypeError, ValueError: an argument that is no int or too small, or c > stride.
     """
-    _check_size("width", width)
-    stride = _check_stride(stride, width)
-    _check_size("c", c)
+    height, width = _check_image(height, width)
+    stride, pitch = _check_stride(stride, height, width)
+    c = _integer("c", c, 1)
     if c > stride:
         raise ValueError(f"c must be at most the stride, {stride}, got {c}")
-    block = Box(f"block:{stride}", stride, (1, 64), rows=(0, 0))
-    summary = Box(f"summary:{stride},{c}", stride, (8, 8), keys=(stride - c, UNBOUNDED))
+    block = Box(f"block:{stride}", pitch, (1, 64), rows=(0, 0))
+    summary = Box(f"summary:{stride},{c}", pitch, (8, 8), keys=(stride - c, UNBOUNDED))
     return SparseLayout(height, width, Union(block, summary, name=f"fixed:{stride},{c}"), causal)
 
 
@@ -391,7 +492,7 @@ def from_predicate(height: int, width: int, fn: Fn, *, causal: bool = True) -> S
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of (q, k), got {type(fn).__name__}")
-    _check_size("width", width)
+    height, width = _check_image(height, width)
     return SparseLayout(height, width, predicate(width, fn), causal)
 
 
@@ -422,25 +523,34 @@ def parse(text: str, height: int, width: int, *, causal: bool = True) -> SparseL
         TypeError, ValueError: no such pattern, or its numbers are wrong; the message names the forms there are.
     """
     if not isinstance(text, str):
-        raise TypeError(f"pattern must be a string, got {type(text).__name__}")
+        raise TypeError(f"text: pattern must be a string, got {type(text).__name__}")
+    height, width = _check_image(height, width)
+    _check_causal(causal)
     return _read(text, height, width, causal=causal)
 
 
 def _read(text: str, height: int, width: int, *, causal: bool) -> SparseLayout:
     """`parse`, which also reads what keys hold: parentheses around a union inside of an intersection."""
-    union: SparseLayout | None = None
-    for terms in _split(text, "+"):
-        both: SparseLayout | None = None
-        for term in _split(terms, "&"):
-            if term.startswith("(") and term.endswith(")"):
-                layout = _read(term[1:-1], height, width, causal=causal)
-            else:
-                layout = _read_term(term, text, height, width, causal=causal)
-            both = layout if both is None else both & layout
-        assert both is not None
-        union = both if union is None else union | both
-    assert union is not None
-    return union
+    if len(text) > _LONGEST_TEXT or text.count("+") + text.count("&") >= MOST_TERMS:
+        raise ValueError(
+            f"text: pattern may join {MOST_TERMS} patterns in {_LONGEST_TEXT} letters, got {len(text)} letters: {_short(text)}"
+        )
+    return _read_union(
+        text, text, _DEEPEST, functools.partial(_read_term, text=text, height=height, width=width, causal=causal)
+    )
+
+
+def _read_union(part: str, text: str, deepest: int, read: Callable[[str], SparseLayout]) -> SparseLayout:
+    """A union of intersections of terms."""
+    if deepest < 0:
+        raise ValueError(f"text: pattern may have {_DEEPEST} parentheses in each other, got {_short(text)}")
+
+    def one(term: str) -> SparseLayout:
+        inner = term.startswith("(") and term.endswith(")")
+        return _read_union(term[1:-1], text, deepest - 1, read) if inner else read(term)
+
+    unions = (functools.reduce(SparseLayout.__and__, map(one, _split(terms, "&"))) for terms in _split(part, "+"))
+    return functools.reduce(SparseLayout.__or__, unions)
 
 
 def _split(text: str, sign: str) -> list[str]:
@@ -454,13 +564,16 @@ def _split(text: str, sign: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _read_term(term: str, text: str, height: int, width: int, *, causal: bool) -> SparseLayout:
-    found = re.fullmatch(r"\s*([a-z0-9_]+?)\s*(?::\s*(\d+(?:\s*,\s*\d+)*))?\s*", term)
+def _read_term(term: str, *, text: str, height: int, width: int, causal: bool) -> SparseLayout:
+    found = re.fullmatch(r"\s*([a-z0-9_]+?)\s*(?::\s*([0-9]{1,20}(?:\s*,\s*[0-9]{1,20})*))?\s*", term)
     if found is None or found.group(1) not in _MAKERS:
-        raise ValueError(f"pattern must be of {FORMS}; got {text!r}")
+        raise ValueError(f"text: pattern must be of {FORMS}; got {_short(text)}")
     make, fewest, most, _ = _MAKERS[found.group(1)]
-    numbers = [int(number) for number in found.group(2).split(",")] if found.group(2) else []
-    if not fewest <= len(numbers) <= most:
+    given = [int(number) for number in found.group(2).split(",")] if found.group(2) else []
+    if not fewest <= len(given) <= most:
         wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"pattern {found.group(1)} takes {wanted} numbers, got {len(numbers)} in {text!r}")
-    return make(height, width, *numbers, causal=causal)
+        raise ValueError(f"text: pattern {found.group(1)} takes {wanted} numbers, got {len(given)} in {_short(text)}")
+    try:
+        return make(height, width, *given, causal=causal)
+    except ValueError as error:
+        raise ValueError(f"text: pattern {_short(text)}: {error}") from error

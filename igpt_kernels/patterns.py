@@ -59,6 +59,11 @@ class Box:
     lag: Interval = ANY
     """q - k: how long ago in raster order."""
 
+    @property
+    def terms(self) -> int:
+        """Patterns that it is made of: one."""
+        return 1
+
     def permits(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q may see key k; both broadcast."""
         qy, qx = q // self.pitch, q % self.pitch
@@ -81,6 +86,11 @@ class Predicate:
     pitch: int
     tile: tuple[int, int]
     fn: Fn
+
+    @property
+    def terms(self) -> int:
+        """Patterns that it is made of: one."""
+        return 1
 
     def permits(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q may see key k.
@@ -127,6 +137,11 @@ class Union:
     """How it is written, where it is more than the sum of its sides."""
 
     @property
+    def terms(self) -> int:
+        """Patterns that it is made of; one that has a name counts once."""
+        return 1 if self.name else self.first.terms + self.second.terms
+
+    @property
     def spec(self) -> str:
         return self.name or f"{self.first.spec}+{self.second.spec}"
 
@@ -141,6 +156,11 @@ class Intersection:
 
     first: Pattern
     second: Pattern
+
+    @property
+    def terms(self) -> int:
+        """Patterns that it is made of."""
+        return self.first.terms + self.second.terms
 
     @property
     def spec(self) -> str:

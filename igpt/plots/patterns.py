@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 PARTIAL = "#9dbbe0"
 FUTURE = "#ececec"
 NOTHING = "white"
+FINEST = 1024
+"""Dots along the picture of tiles, at most: it is some 500 pixels wide."""
 LARGEST_REACH = 64 * 64  # tokens: the product of two such masks takes a second or two
 
 
-def pixel_view(layout: SparseLayout, query: int) -> npt.NDArray[np.int64]:
+def pixel_view(layout: SparseLayout, query: int) -> npt.NDArray[np.uint8]:
     """What one pixel sees, [h,w]: 0 nothing there, 1 not allowed by the order, 2 seen, 3 the pixel itself."""
-    view = np.zeros(layout.height * layout.width, dtype=np.int64)
+    view = np.zeros(layout.height * layout.width, dtype=np.uint8)
     if layout.causal:
         view[query + 1 :] = 1
     view[layout.keys_of(query).numpy()] = 2
@@ -32,15 +34,22 @@ def pixel_view(layout: SparseLayout, query: int) -> npt.NDArray[np.int64]:
     return view.reshape(layout.height, layout.width)
 
 
-def block_view(lists: BlockLists) -> npt.NDArray[np.int64]:
-    """The tiles of one part, [query tiles, key tiles]: 0 not touched, 1 touched with a mask, 2 full."""
+def block_view(lists: BlockLists) -> npt.NDArray[np.uint8]:
+    """The tiles of one part, [query tiles, key tiles]: 0 not touched, 1 touched with a mask, 2 full.
+
+    Beyond `FINEST` tiles along a side, a dot stands for several and shows the fullest.
+    """
     pointer = lists.q_ptr.numpy()
     rows, cols = lists.k_tile
     place = lists.q_keys.numpy()
     tiles = place[:, 0] // rows * -(-lists.pitch // cols) + place[:, 1] // cols
-    view = np.zeros((len(pointer) - 1, len(lists.k_ptr) - 1), dtype=np.int64)
-    owner = np.repeat(np.arange(len(pointer) - 1), np.diff(pointer))
-    view[owner, tiles] = np.where(lists.q_masks.numpy() == FULL, 2, 1)
+    sides = len(pointer) - 1, len(lists.k_ptr) - 1
+    dots = [-(-side // FINEST) for side in sides]
+    owner = np.repeat(np.arange(sides[0]), np.diff(pointer))
+    view = np.zeros((-(-sides[0] // dots[0]), -(-sides[1] // dots[1])), dtype=np.uint8)
+    full = lists.q_masks.numpy() == FULL
+    for value, which in ((1, ~full), (2, full)):
+        view[owner[which] // dots[0], tiles[which] // dots[1]] = value
     return view
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt_kernels import layouts
 from igpt_kernels._torch.attention import cpu_forward, dense_rows, flash_attention, flash_forward, in_heads_order
 from igpt_kernels._torch.sparse import Group, attend
+from igpt_kernels.caches import kept
 from igpt_kernels.layouts import groups_of, keys_in, registered
 from igpt_kernels.tensors import accumulation_dtype, zero_heads, zero_not_visible
 
@@ -110,7 +111,7 @@ def _visible(key: str, length: int | Tensor, longest: int, batch: int, device: t
     return visible.expand(batch, -1)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.partial(kept, apart=False)
 def _keys_of(key: str, query: int) -> Tensor:
     return layouts.keys_of(key, query)
 

@@ -6,7 +6,6 @@ a few at a time. Where a pattern touches most of a small square, one attention w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from igpt_kernels import layouts
 from igpt_kernels._torch.attention import cpu_backward, cpu_forward, dense_rows, merge
 from igpt_kernels._torch.sparse_plan import BLOCK, Plan, plan
+from igpt_kernels.caches import kept
 from igpt_kernels.layouts import registered
 from igpt_kernels.tensors import accumulation_dtype, zero_heads
 
@@ -135,7 +135,7 @@ def _part_backward(
     return dq, dk, dv
 
 
-@functools.lru_cache(maxsize=16)
+@kept
 def _dense_bias(key: str) -> Tensor | None:
     """The dense additive mask [1,T,T] of a layout where it is small and mostly touched tiles, else None."""
     lists = layouts.lists_of(key, BLOCK, BLOCK)

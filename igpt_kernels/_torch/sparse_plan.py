@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from igpt_kernels import layouts
 from igpt_kernels.block_lists import FULL, BlockLists
+from igpt_kernels.caches import kept
 
 BLOCK = 64
 """Tokens in a tile."""
@@ -93,7 +93,7 @@ def _groups(lists: BlockLists) -> Iterator[tuple[np.ndarray, int, bool]]:
         yield np.array(members), padded, False
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def plan(key: str, part: int) -> Plan:
     """The batches of one part of a registered layout."""
     lists = layouts.lists_of(key, BLOCK, BLOCK)[part]
@@ -114,7 +114,7 @@ def plan(key: str, part: int) -> Plan:
         batches.append(
             Batch(
                 tiles=slice(len(order), len(order) + len(members)),
-                keys=torch.from_numpy(tokens),
+                keys=torch.from_numpy(tokens.astype(np.int32)),
                 key_tiles=torch.from_numpy(np.where(inside, numbers[entries], 0) if width else entries),
                 masks=torch.from_numpy(ids[:1] if same else ids),
             )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from igpt_kernels import block_lists, layouts
 from igpt_kernels.block_lists import FULL, BlockLists, fit_tile
 from igpt_kernels.layouts import SparseLayout
+from tests.fuzz import check_refusal, hostile_values
+from tests.hostile import at_most
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(1, 1), (8, 8), (16, 16), (5, 13), (17, 9), (1, 30), (30, 1), (32, 20)]
@@ -318,7 +321,7 @@ def test_bad_arguments_are_named() -> None:
     for kind, words, call in (
         (TypeError, "pattern must be a string, got int", lambda: layouts.parse(7, 8, 8)),  # type: ignore[arg-type]
         (TypeError, "radius must be an int, got float", lambda: layouts.local2d(6, 7, 2.0)),  # type: ignore[arg-type]
-        (ValueError, "radius must not be negative, got -1", lambda: layouts.local2d(6, 7, -1)),
+        (ValueError, "radius must be 0 or more, got -1", lambda: layouts.local2d(6, 7, -1)),
         (ValueError, "height must be at least 1, got 0", lambda: layouts.row(0, 7)),
         (TypeError, "width must be an int, got str", lambda: layouts.row(3, "7")),  # type: ignore[arg-type]
         (TypeError, "causal must be a bool, got int", lambda: layouts.row(3, 7, causal=1)),  # type: ignore[arg-type]
@@ -331,7 +334,7 @@ def test_bad_arguments_are_named() -> None:
             lambda: layouts.from_predicate(3, 3, lambda q, k: (q == q)[:2]).dense_mask(),
         ),
         (ValueError, "block_m must be 16, 32, 64 or 128, got 48", lambda: layout.block_lists(48)),
-        (ValueError, "tokens must be from 1 to 42, got 43", lambda: layout.prefix(43)),
+        (ValueError, "tokens must be at most 42, got 43", lambda: layout.prefix(43)),
         (ValueError, "rows must be a power of two, got 3", lambda: layout.with_tile(3, 8)),
         (ValueError, "from 16 to 128 tokens, got 2 x 4", lambda: layout.with_tile(2, 4)),
         (ValueError, "the same width, got 7 and 8", lambda: layout | layouts.row(6, 8)),
@@ -341,10 +344,131 @@ def test_bad_arguments_are_named() -> None:
         (ValueError, "k must lie from 0 to 41, got 42 to 42", lambda: layout.permits(0, 42)),
         (TypeError, "q must be an int or an integer tensor, got torch.float32", lambda: layout.permits(torch.ones(2), 0)),
         (TypeError, "q must be an int or an integer tensor, got str", lambda: layout.permits("0", 0)),  # type: ignore[arg-type]
-        (ValueError, "query must be an int from 0 to 41, got 42", lambda: layout.keys_of(42)),
+        (ValueError, "query must be at most 41, got 42", lambda: layout.keys_of(42)),
     ):
         with pytest.raises(kind, match=words):
             call()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "strided:1e30", "local2d:99999999999999999999", "local2d:" + "9" * 5000, "row+" * 5000 + "row", "row&" * 5000 + "row",
+        "(" * 100_000 + "row" + ")" * 100_000, "(" * 40 + "row" + ")" * 40, "(" * 100_000, " " * 100_000, "row" * 100_000,
+        "fixed:" + "1," * 100_000, "local2d:\x1b[31m", "row\n", "local2d:\u0663", "row+(", ")row(", "+", "&", "()", "row&+row",
+        "row" + " " * 3000 + "x", "local2d:1" + " ," * 1500,
+    ],
+)  # fmt: skip
+def test_patterns_of_strangers(text: str) -> None:
+    """One line, soon; no matter what it says."""
+    if text == "row\n":
+        assert layouts.parse(text, 8, 8) == layouts.row(8, 8), "space around a pattern is welcome"
+        return
+    with at_most(2.0), pytest.raises(ValueError, match="pattern") as caught:
+        layouts.parse(text, 64, 64)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "text", ["fixed:99999999,8", "fixed:99999999,99999998", "strided:99999999", "strided:64", "fixed:64,3"]
+)
+def test_strides_beyond_the_image(text: str, causal: bool) -> None:
+    """The grid is one row then: what they see, and soon."""
+    layout = layouts.parse(text, 8, 8, causal=causal)
+    stride = int(text.partition(":")[2].partition(",")[0])
+    c = int(text.partition(",")[2] or 0)
+    i, j = torch.arange(64)[:, None], torch.arange(64)
+    wanted = ((i - j).abs() <= stride) | ((i - j) % stride == 0)
+    if text.startswith("fixed"):
+        wanted = (i // stride == j // stride) | (j % stride >= stride - c)
+    wanted &= (j <= i) | (not causal)
+    with at_most(2.0):
+        assert torch.equal(layout.dense_mask(), wanted)
+        assert layout.pairs == int(wanted.sum())
+        large = layouts.parse(text, 64, 64, causal=causal)
+        assert large.pairs > 4096
+        assert len(layouts._read_key(large.key).keys_of(4095)) == len(large.keys_of(4095))
+
+
+def test_most_patterns_in_one() -> None:
+    texts = [f"local2d:{radius}" for radius in range(layouts.MOST_TERMS)]
+    layout = layouts.parse("+".join(texts), 32, 32)
+    assert layout.pattern.terms == layouts.MOST_TERMS
+    with at_most(20):
+        assert layout.pairs == layouts.local2d(32, 32, layouts.MOST_TERMS - 1).pairs
+    for join in (SparseLayout.__or__, SparseLayout.__and__):
+        with pytest.raises(ValueError, match="at most 32 patterns can be joined"):
+            join(layout, layouts.row(32, 32))
+    nested = layouts.row(8, 8)
+    for radius in range(1, layouts.MOST_TERMS):
+        nested = (nested | layouts.local2d(8, 8, radius)) if radius % 2 else (nested & layouts.local2d(8, 8, radius))
+    assert layouts._read_key(nested.key) == nested
+
+
+def test_numbers_of_numpy_are_integers_and_booleans_are_not() -> None:
+    wanted = layouts.local2d(6, 7, 2)
+    assert layouts.local2d(np.int64(6), np.uint8(7), np.int16(2)) == wanted
+    assert layouts.local2d(np.int64(6), np.uint8(7), np.int16(2)).key == wanted.key
+    assert type(layouts.row(np.int64(6), 7).height) is int
+    assert torch.equal(wanted.mask_rows(np.int64(3), np.int32(9)), wanted.mask_rows(3, 9))
+    assert wanted.prefix(np.int64(9)) == wanted.prefix(9)
+    assert torch.equal(wanted.keys_of(np.int64(9)), wanted.keys_of(9))
+    assert wanted.with_tile(np.int64(4), 4) == wanted.with_tile(4, 4)
+    assert bool(wanted.permits(np.int64(9), np.uint8(8)))
+    layout = layouts.local2d(1, 99, 2)
+    for words, call in (
+        ("start must be 0 or more, got -1", lambda: layout.mask_rows(-1, 99)),
+        ("start must be at most 5, got 6", lambda: layout.mask_rows(6, 5)),
+        ("stop must be at most 99, got 100", lambda: layout.mask_rows(0, 100)),
+        ("tokens must be an int, got bool", lambda: layout.prefix(True)),
+        ("tokens must be at most 42, got 99", lambda: replace(wanted, tokens=99)),
+        ("tokens must be at least 1, got 0", lambda: replace(wanted, tokens=0)),
+        ("query must be an int, got bool", lambda: layout.keys_of(True)),
+        ("height x width must be at most", lambda: layouts.dense(1 << 20, 1 << 20)),
+        ("device must be a torch.device or its name, got 'nowhere'", lambda: layout.dense_mask("nowhere")),
+        ("q and k must have shapes that broadcast", lambda: layout.permits(torch.arange(3), torch.arange(4))),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+
+
+CALLS: list[tuple[Callable[..., object], dict[str, object]]] = [
+    (layouts.dense, {"height": 4, "width": 5, "causal": True}),
+    (layouts.local2d, {"height": 4, "width": 5, "radius": 2, "causal": True}),
+    (layouts.row, {"height": 4, "width": 5, "causal": False}),
+    (layouts.column, {"height": 4, "width": 5, "causal": True}),
+    (layouts.row_column, {"height": 4, "width": 5, "causal": True}),
+    (layouts.strided, {"height": 4, "width": 5, "stride": 3, "causal": True}),
+    (layouts.fixed, {"height": 4, "width": 5, "stride": 3, "c": 1, "causal": True}),
+    (layouts.from_predicate, {"height": 4, "width": 5, "fn": lambda q, k: q >= k, "causal": True}),
+    (layouts.parse, {"text": "local2d:2", "height": 4, "width": 5, "causal": True}),
+    (SparseLayout, {"height": 4, "width": 5, "pattern": layouts.row(4, 5).pattern, "causal": True, "tokens": 9}),
+    (layouts.row(4, 5).permits, {"q": 3, "k": torch.arange(4)}),
+    (layouts.row(4, 5).dense_mask, {"device": None}),
+    (layouts.row(4, 5).mask_rows, {"start": 2, "stop": 7, "device": "cpu"}),
+    (layouts.row(4, 5).block_lists, {"block_m": 16, "block_n": 32}),
+    (layouts.row(4, 5).keys_of, {"query": 7}),
+    (layouts.row(4, 5).prefix, {"tokens": 7}),
+    (layouts.row(4, 5).with_tile, {"rows": 4, "cols": 8}),
+    (layouts.row(4, 5).__or__, {"other": layouts.column(4, 5)}),
+    (layouts.row(4, 5).__and__, {"other": layouts.column(4, 5)}),
+]
+
+
+@pytest.mark.parametrize("place", range(len(CALLS)))
+def test_wrong_values_are_refused_by_name(place: int) -> None:
+    """Each argument with each hostile value, and pairs of them drawn at random."""
+    function, good = CALLS[place]
+    assert check_refusal(function, good) is not None
+    rng = random.Random(place)
+    for name in good:
+        for value in hostile_values(rng):
+            check_refusal(function, {**good, name: value})
+    for _ in range(20):
+        wrong = {name: rng.choice(hostile_values(rng)) for name in rng.sample(list(good), min(2, len(good)))}
+        check_refusal(function, {**good, **wrong})
 
 
 def test_registries_do_not_grow_without_bound() -> None:
@@ -362,7 +486,6 @@ def test_registries_do_not_grow_without_bound() -> None:
     for key in ("", "nonsense", "local2d:2@3", "sparkle@3x4"):
         with pytest.raises(KeyError, match="no layout"):
             layouts.registered(key)
-    assert layouts.lists_of.cache_info().maxsize == layouts.lists_on.cache_info().maxsize == 256
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -385,3 +508,17 @@ def test_a_pattern_of_a_function_outlives_its_layout_until_backward() -> None:
     gc.collect()
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("first_goes", [False, True])
+def test_a_layout_is_found_while_one_of_its_key_lives(first_goes: bool) -> None:
+    """Two layouts of one function may be equal. The key of the one that lives was lost with the other."""
+    some = layouts.from_predicate(3, 4, lambda q, k: q >= k)
+    two = [some | layouts.row(3, 4), some | layouts.row(3, 4)]
+    two.pop(0 if first_goes else 1)
+    gc.collect()
+    assert layouts.registered(two[0].key) == two[0]
+    key = two.pop().key
+    gc.collect()
+    with pytest.raises(KeyError, match="no layout .* is alive"):
+        layouts.registered(key)
