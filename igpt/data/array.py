@@ -38,6 +38,7 @@ class ArraySource(Source):
 
     def read(self, indices: ArrayLike, *, seed: int | None = None, first: int = 0) -> Batch:
         used = self.check_indices(indices)
+        self.check_draws(seed, first)
         pixels = self._pixels[used]
         if pixels.shape[1:3] != (self.height, self.width):
             sized = np.empty((len(used), self.height, self.width, 3), dtype=np.uint8)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from igpt.checks import check_int
 from igpt.data.folder import FolderSource
 from igpt.data.orders import order
 from igpt.data.source import Source
+from igpt.data.threads import Threads
 from igpt.data.tokens import check_tokens
-from igpt.errors import ConfigError
+from igpt.errors import ArgumentTypeError, ConfigError, shown
 
 if TYPE_CHECKING:
     from igpt.palette.palette import Palette
@@ -43,17 +44,17 @@ class TokenBatches:
     """
 
     def __init__(self, source: Source, palette: Palette | None, batch_size: int, seed: int = 0) -> None:
-        if batch_size < 1 or seed < 0:
-            raise ConfigError(f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}")
+        if not isinstance(source, Source):
+            raise ArgumentTypeError(f"source must be made by open_source, got {shown(source)}")
+        batch_size, seed = check_int("batch_size", batch_size, 1, 2**31), check_int("seed", seed, 0)
         if palette is None and source.kind == "images":
             raise ConfigError(f"{source.name} holds images: batches of tokens need a palette")
         self.source = source
         self.palette = palette
         self.batch_size = batch_size
         self.seed = seed
-        self._lock = threading.Lock()
+        self._threads = Threads(1, "igpt-ahead")
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
-        self._worker: ThreadPoolExecutor | None = None
         self._cache: NDArray[Any] | None = None
         length = source.height * source.width
         if palette is not None and source.kind == "images":
@@ -68,31 +69,32 @@ class TokenBatches:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None}
+
     def batch(self, step: int) -> torch.Tensor:
         """Tokens of one step: int64 [B,T] on the CPU.
 
         Raises:
             DataError: a damaged image or a token outside the palette; names the file and the row.
         """
-        ahead, self._ahead = self._ahead, None
+        step = check_int("step", step, 0)
+        # What a parent's thread prepares never comes in a forked process.
+        ahead, self._ahead = None if self._threads.is_inherited else self._ahead, None
         tokens = ahead[1].result() if ahead is not None and ahead[0] == step else self._compute(step)
         if isinstance(self.source, FolderSource) and not self._complete():
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="igpt-ahead")
-            self._ahead = (step + 1, self._worker.submit(self._compute, step + 1))
+            self._ahead = (step + 1, self._threads.pool.submit(self._compute, step + 1))
         return tokens
 
     def at(self, indices: ArrayLike) -> torch.Tensor:
         """Tokens of given images in their evaluation form (middle crop): int64 [n,T] on the CPU. Raises as `batch`."""
-        with self._lock:
+        with self._threads.lock:
             return self._tokens(self.source.check_indices(indices), None, 0)
 
     def close(self) -> None:
         """Wait for the preparing thread and stop it, and the source's threads. The object can still be used."""
         self._ahead = None
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-            self._worker = None
+        self._threads.close()
         self.source.close()
 
     def _complete(self) -> bool:
@@ -101,7 +103,7 @@ class TokenBatches:
     def _compute(self, step: int) -> torch.Tensor:
         first = step * self.batch_size
         indices = order(len(self.source), self.seed, first, self.batch_size)
-        with self._lock:
+        with self._threads.lock:
             return self._tokens(indices, self.seed if self.source.augment else None, first)
 
     def _tokens(self, indices: NDArray[np.int64], seed: int | None, first: int) -> torch.Tensor:

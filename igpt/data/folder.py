@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from igpt.data.images import MAX_PIXELS, SUFFIXES, crop_and_resize, read_picture
 from igpt.data.source import Batch, Source
+from igpt.data.threads import Threads, usable_cores
 from igpt.errors import ConfigError, DataError
 from igpt.files import describe
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 _MAX_OWN_SIDE = 256
 """A picture without a wanted size is taken as it is up to this side: 256 x 256 = 65,536 tokens."""
 
+_LONG_PATH = 200  # letters of a path in a message
+
 
 class FolderSource(Source):
     """Picture files, decoded when they are asked for by a few threads (Pillow frees the interpreter while it decodes).
 
     See `open_source` for the arguments. With `like`, the picture that height and width are those of, pictures of another size
-    count as damaged; without it all are resized. The result does not depend on the number of threads.
+    count as damaged; without it all are resized. The result does not depend on the number of threads. A source can be used in
+    forked and spawned workers; each counts the damaged pictures that it met.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class FolderSource(Source):
         self._max_bad = max_bad
         self._max_pixels = max_pixels
         self._bad: dict[int, DataError] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = Threads(min(8, usable_cores()), "igpt-read")
         self._like = like
         super().__init__(name, "images", height, width, labels, classes, augment=augment)
 
@@ -67,6 +70,7 @@ class FolderSource(Source):
 
     def read(self, indices: ArrayLike, *, seed: int | None = None, first: int = 0) -> Batch:
         asked = self.check_indices(indices)
+        seed, first = self.check_draws(seed, first)
         draws = [None if seed is None or not self.augment else (seed, first + i) for i in range(len(asked))]
         pixels = np.empty((len(asked), self.height, self.width, 3), dtype=np.uint8)
         used = asked.copy()
@@ -77,9 +81,7 @@ class FolderSource(Source):
         return Batch(pixels, self._labels_of(used), used)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        self._threads.close()
 
     def _try(self, index: int, draw: tuple[int, int] | None) -> NDArray[np.uint8] | DataError:
         known = self._bad.get(index)
@@ -125,10 +127,7 @@ class FolderSource(Source):
     ) -> Iterator[NDArray[np.uint8] | DataError]:
         # Single pictures too: a signal handler that raises does so in the main thread, never inside a decoder, where it
         # would pass for damage.
-        if self._pool is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            self._pool = ThreadPoolExecutor(min(8, cores or 1), thread_name_prefix="igpt-read")
-        return self._pool.map(function, indices, draws)
+        return self._threads.pool.map(function, indices, draws)
 
 
 def open_pictures(request: Request) -> FolderSource:
@@ -201,25 +200,42 @@ def _own_size(spec: str, paths: list[Path], max_pixels: int, max_bad: int) -> tu
 
 
 def _walk(root: Path) -> list[str]:
-    """Relative paths with "/" of all pictures. Links are followed, but no folder is entered twice: links can form a ring."""
+    """Relative paths with "/" of all pictures, folder by folder, however deep.
+
+    Links are followed, but no folder is entered twice: links can form a ring. Where two paths lead to a folder, the first of
+    a walk in the order of names is taken.
+    """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for folder, below, names in os.walk(root, followlinks=True, onerror=_refuse(root)):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                found.append((relative / name).as_posix())
+    waiting = [""]
+    while waiting:
+        relative = waiting.pop()
+        below = []
+        try:
+            status = os.stat(root / relative)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root / relative) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        below.append(relative + name + "/")
+                    elif os.path.splitext(name)[1].lower() in SUFFIXES:
+                        found.append(relative + name)
+        except OSError as error:
+            shown = (
+                relative if len(relative) <= _LONG_PATH else f"{relative[: _LONG_PATH // 2]}...{relative[-_LONG_PATH // 2 :]}"
+            )
+            raise DataError(f"{root}: {shown} cannot be read ({describe(error)})") from error
+        waiting += sorted(below, reverse=True)
     return found
 
 
-def _refuse(root: Path) -> Callable[[OSError], None]:
-    def stop(error: OSError) -> None:
-        raise DataError(f"{root}: {error.filename} cannot be read ({describe(error)})") from error
-
-    return stop
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link to itself

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from igpt.errors import DataError
+from igpt.checks import MAX_SIDE, check_int
+from igpt.data.pixels import decode
+from igpt.errors import ArgumentTypeError, DataError, shown
 from igpt.files import describe, regular_size
 
 # Pillow warns above this many pixels and refuses above twice as many; the second number bounds our own option.
 MAX_PIXELS = 89_478_485
 PILLOW_REFUSES = 2 * MAX_PIXELS
 MAX_BYTES = 1024 * 1024 * 1024
+LONGEST_SIDE = 1 << 18
+"""Pixels along a picture. Decoders keep a pointer for each row: 80 million rows of one pixel took 1.8 GiB."""
+
+_MOST_READS = 1_000_000
+"""Reads of a file. Pillow handles each part of a header in Python: a PNG of two million small chunks took 16 s."""
+
+_MOST_SCANNED = 50 * MAX_PIXELS
+"""Pixels times scans of a progressive JPEG. A scan of 80 million pixels takes 0.1 s and as little as 114 bytes."""
 
 # Formats decoded inside the process and known by a signature. Left out on purpose: EPS and PDF (start other programs), ICO
 # and ICNS (hold pictures of another size than their header says), TGA and PCX (nearly any bytes pass for one, so that a
@@ -64,7 +77,8 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture file to RGB, upright.
 
     EXIF orientation is applied; the first frame of an animation is taken; transparency is laid over white; grey, palette,
-    CMYK and 16-bit pixels become 8-bit RGB (16-bit values are divided by 257 and rounded; mode "I" is read as 16-bit).
+    CMYK and 16-bit pixels become 8-bit RGB. 16-bit values of PNG and TIFF are divided by 257 and rounded, and mode "I" is read
+    as 16-bit. Values are taken as they are stored: gamma, colour profiles and a background colour in the file are not used.
     The format is found from the content, not the name.
 
     Args:
@@ -75,46 +89,67 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         DataError: the file is missing, not a picture, truncated, damaged, too large; or of a pixel format without a stated
             range (32-bit float or integer beyond 16 bits). The message names the file. No other exception leaves.
     """
+    if not isinstance(path, (str, Path)):
+        raise ArgumentTypeError(f"path must be a path, got {shown(path)}")
+    path, max_pixels = Path(path), check_int("max_pixels", max_pixels, 1)
     if regular_size(path) > MAX_BYTES:
         raise DataError(f"{path}: larger than {MAX_BYTES:,} bytes")
     try:
         # Any exception at all: besides OSError, Pillow's decoders let ValueError, SyntaxError, RuntimeError, struct.error,
         # IndexError, ZeroDivisionError and MemoryError through on damaged files (1 in 30 of 15,000 corrupted ones).
-        with Image.open(path, formats=FORMATS) as picture:
+        with _opened(path) as picture:
             size = picture.size
             if size[0] * size[1] > max_pixels:
                 raise DataError(f"{path}: {size[0]:,} x {size[1]:,} pixels, the limit is {max_pixels:,} (max_pixels)")
-            picture.load()
-            if picture.size != size:
-                raise DataError(f"{path}: decoded to {picture.size}, but its header says {size}")
-            # After load(), because Pillow turns TIFF files itself and then drops the tag. The tag alone is read:
+            if max(size) > LONGEST_SIDE:
+                raise DataError(f"{path}: {size[0]:,} x {size[1]:,} pixels, the longest side may have {LONGEST_SIDE:,}")
+            if "progressive" in picture.info and _scans(path) * size[0] * size[1] > _MOST_SCANNED:
+                raise DataError(f"{path}: {_scans(path):,} scans of {size[0]:,} x {size[1]:,} pixels are too many")
+            rgb = decode(picture, lambda: _opened(path))
+            if rgb.size != size:
+                raise DataError(f"{path}: decoded to {rgb.size}, but its header says {size}")
+            # After loading, because Pillow turns TIFF files itself and then drops the tag. The tag alone is read:
             # exif_transpose() also writes the whole EXIF block anew, which fails on blocks that are only untidy.
             turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
-            upright = picture if turn is None else picture.transpose(turn)
-            rgb = _to_rgb(upright)
-            return rgb.copy() if rgb is picture else rgb
+            return rgb if turn is None else rgb.transpose(turn)
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"{path}: not a readable picture ({describe(error)})") from error
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    mode = picture.mode
-    if mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if mode == "F":
-        raise ValueError("32-bit float pixels have no stated range")
-    if mode == "I" or mode.startswith("I;"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("integer pixels outside 0..65535")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        clear = picture.convert("RGBA")
-        white = Image.new("RGBA", clear.size, "white")
-        return Image.alpha_composite(white, clear).convert("RGB")
-    return picture.convert("RGB")
+class _LimitedReads(io.BufferedReader):
+    """A file that can be read so often and no more: what bounds the time of headers in many small parts."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > _MOST_READS:
+            raise ValueError(f"more than {_MOST_READS:,} parts")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture, opened by its header."""
+    with _LimitedReads(io.FileIO(path)) as file:
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError("none of the known formats") from None
+        with picture:
+            yield picture
+
+
+def _scans(path: Path) -> int:
+    """How many scans a JPEG has, or a few more: in its pixels the bytes of that marker never stand."""
+    count, before = 0, b""
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            count += (before + part).count(b"\xff\xda")
+            before = part[-1:]
+    return count
 
 
 def crop_and_resize(
@@ -140,7 +175,15 @@ def crop_and_resize(
         height: rows.
         width: columns.
         crop: three draws are taken from it.
+
+    Raises:
+        ConfigError: an argument of another kind, or sides beyond 1 to 4,096.
     """
+    if not isinstance(picture, Image.Image) or picture.mode != "RGB":
+        raise ArgumentTypeError(f"picture must be an RGB image of Pillow, got {shown(picture)}")
+    if crop is not None and not isinstance(crop, np.random.Generator):
+        raise ArgumentTypeError(f"crop must be a numpy.random.Generator or None, got {shown(crop)}")
+    height, width = check_int("height", height, 1, MAX_SIDE), check_int("width", width, 1, MAX_SIDE)
     short = min(height, width)
     base = max(224, short)
     rows, columns = height / short, width / short

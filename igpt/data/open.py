@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from igpt.checks import MAX_SIDE, check_int
+from igpt.checks import MAX_SIDE, check_bool, check_int, check_path
 from igpt.data import sources
 from igpt.data.images import MAX_PIXELS, PILLOW_REFUSES, SUFFIXES
 from igpt.data.orders import split_indices
-from igpt.errors import ConfigError
+from igpt.errors import ArgumentTypeError, ConfigError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,46 +91,47 @@ def open_source(
         MissingExtra: `digits` without scikit-learn.
     """
     if not isinstance(spec, str):
-        raise ConfigError(f"spec must be the name of a source, one of {sources.forms()}, got {spec!r}")
-    _check_options(height, width, augment, bad_images, max_bad, max_pixels)
+        raise ArgumentTypeError(f"spec must be the name of a source, one of {sources.forms()}, got {shown(spec)}")
+    height, width = (
+        None if value is None else check_int(name, value, 1, MAX_SIDE) for name, value in (("height", height), ("width", width))
+    )
+    if (height is None) != (width is None):
+        raise ConfigError(f"give both height and width or neither, got {height} and {width}")
+    if not isinstance(bad_images, str) or bad_images not in ("raise", "skip"):
+        raise ConfigError(f"bad_images must be raise or skip, got {shown(bad_images)}")
+    augment, max_bad = check_bool("augment", augment), check_int("max_bad", max_bad, 0)
+    max_pixels = check_int("max_pixels", max_pixels, 1, PILLOW_REFUSES)  # where Pillow refuses
     split_indices(2, split, val_fraction, seed)
+    check_path("spec", spec)
     kind, (scheme, _, rest) = sources.find(spec), spec.partition(":")
-    if kind is None and Path(spec).suffix.lower() in SUFFIXES and Path(spec).expanduser().is_file():
+    if kind is None and Path(spec).suffix.lower() in SUFFIXES and _expanded(spec).is_file():
         kind, scheme, rest = sources.find(f"photos:{spec}"), "photos", spec
     if kind is None:
         raise ConfigError(_unknown(spec))
     if augment and not kind.crops:
         raise ConfigError(f"augment cuts random parts out of photographs; {scheme} has none")
     module, _, function = kind.opener.partition(":")
-    path = Path(rest).expanduser()
+    path = _expanded(rest)
     request = Request(spec, scheme, path, height, width, split, val_fraction, seed, augment, bad_images, max_bad, max_pixels)
     source: Source = getattr(importlib.import_module(module), function)(request)
     return source
 
 
-def _check_options(
-    height: int | None, width: int | None, augment: bool, bad_images: str, max_bad: int, max_pixels: int
-) -> None:
-    if (height is None) != (width is None):
-        raise ConfigError(f"give both height and width or neither, got {height} and {width}")
-    for name, value in (("height", height), ("width", width)):
-        if value is not None and check_int(name, value, 1) > MAX_SIDE:
-            raise ConfigError(f"{name} must be from 1 to {MAX_SIDE}, got {value}")
-    if bad_images not in ("raise", "skip"):
-        raise ConfigError(f"bad_images must be raise or skip, got {bad_images!r}")
-    if max_bad < 0:
-        raise ConfigError(f"max_bad must not be negative, got {max_bad}")
-    if not 1 <= max_pixels <= PILLOW_REFUSES:
-        raise ConfigError(f"max_pixels must be from 1 to {PILLOW_REFUSES} (where Pillow refuses), got {max_pixels}")
+def _expanded(path: str) -> Path:
+    """A path without "~"."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"spec: no home folder is known for {shown(path)}") from error
 
 
 def _unknown(spec: str) -> str:
     scheme, separator, _ = spec.partition(":")
-    path = Path(spec).expanduser()
+    path = _expanded(spec)
     if spec and path.is_dir():
-        return f"{spec!r} is a folder: say photos:{spec} (or folder:{spec} with class sub-folders)"
+        return f"spec {shown(spec)} is a folder: say photos:{spec} (or folder:{spec} with class sub-folders)"
     if path.suffix == ".npy" and path.is_file():
-        return f"{spec!r} is an array: say tokens:{spec} if its rows are tokens"
+        return f"spec {shown(spec)} is an array: say tokens:{spec} if its rows are tokens"
     if any(kind.scheme == scheme and kind.path for kind in sources.SOURCES):
-        return f"{spec!r} lacks a path: {scheme}:PATH" if separator else f"{spec!r} needs a path: {scheme}:PATH"
-    return f"unknown data source {spec!r}; known are {sources.forms()}, or a picture file"
+        return f"spec {shown(spec)} {'lacks' if separator else 'needs'} a path: {scheme}:PATH"
+    return f"spec: unknown data source {shown(spec)}; known are {sources.forms()}, or a picture file"

@@ -7,9 +7,11 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.checks import check_int
-from igpt.errors import ConfigError
+from igpt.checks import Between, check_int, check_number
+from igpt.errors import ConfigError, shown
 
+_MOST = 1 << 28  # images, or draws at once: 2 GiB of indices
+_SHARE = Between(0.0, 1.0, high_open=True)
 _SPLIT = 0x53504C  # keeps the split's random stream apart from those of the epochs
 
 
@@ -35,8 +37,8 @@ def order(n: int, seed: int, first: int, count: int) -> NDArray[np.int64]:
     Cost:
         O(count), plus one permutation for an epoch that is not among the last four; (30 ms for n = 1.3 million).
     """
-    if n < 1 or min(seed, first, count) < 0:
-        raise ConfigError(f"order needs n >= 1 and seed, first, count >= 0; got {n}, {seed}, {first}, {count}")
+    n, seed = check_int("n", n, 1, _MOST), check_int("seed", seed, 0)
+    first, count = check_int("first", first, 0), check_int("count", count, 0, _MOST)
     parts = []
     while count > 0:
         epoch, start = divmod(first, n)
@@ -63,11 +65,10 @@ def split_indices(n: int, split: str, val_fraction: float, seed: int) -> NDArray
     Raises:
         ConfigError: unknown split, a fraction outside [0, 1), a negative seed, or a part without images.
     """
-    if split not in ("train", "val", "all"):
-        raise ConfigError(f"split must be one of train, val, all; got {split!r}")
-    if not (isinstance(val_fraction, (int, float)) and 0.0 <= val_fraction < 1.0):
-        raise ConfigError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
-    seed = check_int("seed", seed, 0)
+    if not isinstance(split, str) or split not in ("train", "val", "all"):
+        raise ConfigError(f"split must be one of train, val, all; got {shown(split)}")
+    val_fraction = check_number("val_fraction", val_fraction, _SHARE)
+    n, seed = check_int("n", n, 0, _MOST), check_int("seed", seed, 0)
     if split == "all":
         return np.arange(n, dtype=np.int64)
     held = min(max(round(n * val_fraction), 1), n - 1) if val_fraction > 0.0 else 0

@@ -8,11 +8,13 @@ import re
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from igpt.checks import check_bool, check_int
 from igpt.data.source import Source
 from igpt.data.tokens import TokenSource
-from igpt.errors import ConfigError
+from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.palette.arrays import check_pixels
 from igpt.palette.kmeans import different_colors, even_draw
-from igpt.palette.palette import Palette, check_pixels
+from igpt.palette.palette import Palette
 
 _MIN_IMAGES = 4096  # that a sample of pixels comes from, where there are so many
 
@@ -34,6 +36,13 @@ def parse_palette(
         ConfigError: K is not a number or cannot be; tokens without a palette of their own.
         IgptError: as `Palette.fit`, `Palette.uniform` and `Palette.from_pretrained`.
     """
+    if not isinstance(text, str):
+        raise ArgumentTypeError(f"text: palette must be named by a string, got {shown(text)}")
+    max_pixels, seed, progress = (
+        check_int("max_pixels", max_pixels, 1),
+        check_int("seed", seed, 0),
+        check_bool("progress", progress),
+    )
     kind, separator, number = text.partition(":")
     if text == "auto":
         kind, number = "fit", ""

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from igpt.errors import ConfigError, DataError
+from igpt.checks import check_int
+from igpt.errors import ConfigError, DataError, shown
 
 
 class Batch(NamedTuple):
@@ -100,14 +101,22 @@ class Source:
 
     def check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         """`indices` as int64 [n]. Raises `DataError` unless they are integers in 0 .. len(source) - 1."""
-        asked = np.asarray(indices)
+        try:
+            asked = np.asarray(indices)
+        except Exception as error:  # tensors without values in memory, rows of several lengths
+            raise DataError(f"indices must be integers of one dimension, got {shown(indices)}") from error
         if asked.size == 0:
-            asked = asked.astype(np.int64)
+            asked = np.zeros(asked.shape, np.int64)
         if asked.ndim != 1 or asked.dtype.kind not in "iu":
             raise DataError(f"indices must be integers of one dimension, got shape {asked.shape} of {asked.dtype}")
         if asked.size and (asked.min() < 0 or asked.max() >= len(self)):
             raise DataError(f"indices must lie in 0..{len(self) - 1}, got {asked.min()}..{asked.max()}")
         return asked.astype(np.int64)
+
+    @staticmethod
+    def check_draws(seed: int | None, first: int) -> tuple[int | None, int]:
+        """The arguments that draw crops. Raises `ConfigError` unless they are integers of at least 0."""
+        return None if seed is None else check_int("seed", seed, 0), check_int("first", first, 0)
 
     def _labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
         return None if self.labels is None else self.labels[indices]

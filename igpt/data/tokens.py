@@ -1,4 +1,4 @@
-"""Token files: rows of palette tokens in a .npy, memory-mapped; what they mean is in a .json of the same name beside it.
+"""Token files: rows of palette tokens in a .npy, read as they are needed. What they mean is in a .json of that name beside it.
 
 `igpt tokenize` writes NAME.npy (uint8 or uint16 [n, T]); NAME.json (height, width, vocab, classes, and the palette as
 "clusters" in the form of a preprocessor_config.json); and, where the images had labels, NAME.labels.npy (int64 [n]). Only the
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from igpt.data.row_file import RowFile
 from igpt.data.source import Source
 from igpt.errors import ConfigError, DataError
 from igpt.files import open_npy, read_json
@@ -58,7 +59,7 @@ class TokenSource(Source):
 
     def __init__(self, name: str, path: Path, height: int | None, width: int | None) -> None:
         self._path = path
-        self._array = open_npy(path, ndim=2, kinds="iu")
+        self._array = RowFile(path)
         n, length = self._array.shape
         self._rows = np.arange(n, dtype=np.int64)
         self._vocab: int | None = None
@@ -97,7 +98,7 @@ class TokenSource(Source):
     def vocab_size(self) -> int:
         """Palette size by the .json; without one the largest token + 1, found by reading the whole file once."""
         if self._vocab is None:
-            step = max(1, _SCAN_BYTES // (self._array.shape[1] * self._array.itemsize))
+            step = max(1, _SCAN_BYTES // (self._array.shape[1] * self._array.dtype.itemsize))
             largest = 0
             for start in range(0, len(self._array), step):
                 part = self._array[start : start + step]

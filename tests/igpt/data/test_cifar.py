@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from igpt.data.open import open_source
 from igpt.errors import DataError
-from tests.hostile import Trap
+from tests.hostile import SECONDS, Trap, at_most
 
 NAMES10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -196,3 +197,19 @@ class TestCifar:
             with pytest.raises(DataError, match="python version"):
                 open_source(f"{scheme}:{binary}")
         assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["data_batch_1.bin", "batches.meta.txt", "cifar-10-binary.tar.gz", ""])
+def test_pipes_are_not_waited_for(name: str, cifar10: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    folder = cifar10[0] if name.endswith((".bin", ".txt")) else tmp_path / "other"
+    folder.mkdir(exist_ok=True)
+    pipe = folder / name if name else tmp_path / "pipe"
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    with at_most(SECONDS):
+        if name == "batches.meta.txt":  # names of classes are not needed
+            assert open_source(f"cifar10:{folder}").classes[0] == "0"
+            return
+        with pytest.raises(DataError, match=r"cifar10|not a plain file") as caught:
+            open_source(f"cifar10:{folder if name else pipe}")
+    assert str(caught.value).isprintable()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
 import threading
 import time
 import warnings
@@ -87,6 +90,66 @@ class TestFolders:
         (photos / "link.png").symlink_to(photos / "b.png")
         source = open_source(f"photos:{photos}", height=4, width=4, split="all")
         assert Counter(names(source)) == Counter(["a.PNG", "b.png", "c.png", "d.png", "z.png", "e.png", "link.png"])
+
+    def test_deep_folders(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        """1,100 levels, below and beyond the longest path of the system."""
+        for name, fits in (("d", True), ("dddddddddd", False)):
+            root = tmp_path / name
+            root.mkdir()
+            handle = os.open(root, os.O_RDONLY)
+            for _ in range(1100):
+                os.mkdir(name, dir_fd=handle)
+                below = os.open(name, os.O_RDONLY, dir_fd=handle)
+                os.close(handle)
+                handle = below
+            file = os.open("x.png", os.O_CREAT | os.O_WRONLY, dir_fd=handle)
+            os.write(file, encoded("PNG", picture(4, 4)))
+            os.close(file)
+            os.close(handle)
+            request.addfinalizer(functools.partial(subprocess.run, ["rm", "-rf", str(root)], check=True))  # shutil recurses
+            if fits:
+                with open_source(f"folder:{root}") as source:
+                    assert source.images([0]).shape == (1, 4, 4, 3)
+                    assert source.classes == ("d",)
+            else:
+                with pytest.raises(DataError, match=r"\.\.\./dd.*cannot be read \(OSError: File name too long\)") as caught:
+                    open_source(f"folder:{root}")
+                assert len(str(caught.value)) < 500
+
+    def test_links_to_themselves_and_to_nothing(self, photos: Path) -> None:
+        (photos / "self").symlink_to("self")
+        (photos / "self.png").symlink_to("self.png")
+        (photos / "gone").symlink_to("nowhere", target_is_directory=True)
+        (photos / "up").symlink_to("..", target_is_directory=True)
+        with open_source(f"photos:{photos}", height=4, width=4, split="all", bad_images="skip") as source:
+            assert names(source).count("b.png") == 1
+            source.images(np.arange(len(source)))
+            assert source.skipped == 1
+
+    def test_pipes_are_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "x.png")
+        os.mkfifo(tmp_path / "pipe")
+        with at_most(SECONDS):
+            with pytest.raises(DataError, match=r"x\.png: not a plain file"):
+                open_source(f"photos:{tmp_path}")
+            for spec in (f"photos:{tmp_path / 'x.png'}", f"folder:{tmp_path / 'pipe'}", str(tmp_path / "x.png")):
+                with pytest.raises((DataError, ConfigError), match=r"x\.png|pipe"):
+                    open_source(spec)
+
+    def test_names_of_other_encodings_and_with_control_characters(self, tmp_path: Path) -> None:
+        """They are read; in messages they are spelled out."""
+        for number, name in enumerate((b"pic\xe9.png", b"\x1b[2Jx.png", b"line\nbreak.png", "\u202egnp.png".encode())):
+            (tmp_path / os.fsdecode(name)).write_bytes(encoded("PNG", picture(4, 4, number)))
+        with open_source(f"photos:{tmp_path}", split="all") as source:
+            assert source.images(np.arange(4)).shape == (4, 4, 4, 3)
+            for place, shown in enumerate((r"\x1b[2Jx.png", r"pic\udce9.png", r"line\nbreak.png", r"\u202egnp.png")):
+                assert isinstance(source, FolderSource)
+                path = next(p for p in map(source.path, range(4)) if shown in str(DataError(p)))
+                path.write_bytes(b"")
+                with pytest.raises(DataError) as caught:
+                    source.images([[source.path(i) for i in range(4)].index(path)])
+                assert shown in str(caught.value), place
+                assert str(caught.value).isprintable()
 
     def test_close_stops_threads_and_can_go_on(self, photos: Path) -> None:
         present = set(threading.enumerate())

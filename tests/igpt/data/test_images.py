@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import struct
 import warnings
 import zlib
@@ -84,14 +85,20 @@ class TestFit:
         assert abs(np.corrcoef(lefts, tops)[0, 1]) < 0.15
 
 
-def bomb_png() -> bytes:
-    """A valid 60,000 x 60,000 PNG header and a little data."""
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+def zeros(count: int) -> bytes:
+    """So many zeros, compressed."""
+    compressor, block = zlib.compressobj(9), bytes(1 << 20)
+    parts = [compressor.compress(block[: min(1 << 20, count - done)]) for done in range(0, count, 1 << 20)]
+    return b"".join([*parts, compressor.flush()])
+
+
+def png(width: int, height: int, *, chunks: bytes = b"", data: bytes = b"") -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunks + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def patched(kind: str, offset: int, form: str, *values: int, **options: object) -> bytes:
@@ -101,7 +108,7 @@ def patched(kind: str, offset: int, form: str, *values: int, **options: object) 
 
 
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "png": bomb_png,
+    "png": lambda: png(60_000, 60_000, data=zlib.compress(bytes(1000))),
     "gif": lambda: patched("GIF", 6, "<HH", 65535, 65535),
     "bmp": lambda: patched("BMP", 18, "<ii", 50_000, 50_000),
     "jpg": lambda: encoded("JPEG", picture()).replace(struct.pack(">HH", 37, 53), struct.pack(">HH", 65000, 65000)),
@@ -118,6 +125,58 @@ def test_bombs_are_refused_by_their_header(suffix: str, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(DataError, match=r"bomb\."):
             read_picture(path)
+
+
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "tall.png": (lambda: png(1, 80_000_000), "1 x 80,000,000 pixels, the longest side"),
+    "wide.png": (lambda: png(80_000_000, 1), "80,000,000 x 1 pixels, the longest side"),
+    "text.png": (lambda: png(4, 4, chunks=chunk(b"zTXt", b"a\0\0" + zeros(100 << 20))), "not a readable picture"),
+    "words.png": (lambda: png(4, 4, chunks=chunk(b"iTXt", b"a\0\1\0\0\0" + zeros(100 << 20))), "not a readable picture"),
+    "profile.png": (lambda: png(4, 4, chunks=chunk(b"iCCP", b"a\0\0" + zeros(100 << 20))), "not a readable picture"),
+    "chunks.png": (lambda: png(4, 4, chunks=chunk(b"tEXt", b"a\0b") * 400_000), "more than 1,000,000 parts"),
+    "blocks.gif": (lambda: b"GIF89a\1\0\1\0\0\0\0!\xfe" + b"\1a" * 2_000_000, "not a readable picture"),
+    **{
+        f"nothing.{suffix}": (make, "not a readable picture")
+        for suffix, make in {
+            "png": lambda: png(0, 5),
+            "bmp": lambda: patched("BMP", 18, "<ii", 0, 5),
+            "jpg": lambda: encoded("JPEG", picture()).replace(struct.pack(">HH", 37, 53), bytes(4)),
+            "ppm": lambda: b"P6 0 5 255\n",
+            "tif": lambda: encoded("TIFF", picture()).replace(struct.pack("<HHI", 256, 4, 1) + b"\x35", bytes(9)),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_in_one_line(name: str, tmp_path: Path) -> None:
+    make, words = HOSTILE[name]
+    (tmp_path / name).write_bytes(make())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with at_most(4 * SECONDS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=rf"{name}.*: .*{words}") as caught:
+            read_picture(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
+
+
+def test_scans_of_a_jpeg_are_counted(tmp_path: Path) -> None:
+    data = encoded("JPEG", Image.new("L", (4000, 4000)), progressive=True)
+    first, last = data.rsplit(b"\xff\xda", 1)
+    (tmp_path / "x.jpg").write_bytes(first + (b"\xff\xda" + last[:-2]) * 2000 + b"\xff\xd9")
+    with at_most(SECONDS), pytest.raises(DataError, match=r"x\.jpg: 2,005 scans of 4,000 x 4,000 pixels are too many"):
+        read_picture(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").write_bytes(data)
+    assert read_picture(tmp_path / "x.jpg").size == (4000, 4000)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_thousands_of_frames_cost_nothing(kind: str, tmp_path: Path) -> None:
+    frames = [Image.new("L", (4, 4), i % 256) for i in range(300 if kind == "TIFF" else 1500)]
+    (tmp_path / "x").write_bytes(encoded(kind, frames[7], save_all=True, append_images=frames))
+    with at_most(1.0):
+        assert read_picture(tmp_path / "x").size == (4, 4)
 
 
 def test_pixel_limit_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

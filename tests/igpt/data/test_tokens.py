@@ -55,7 +55,7 @@ class TestTokenFiles:
         assert torch.equal(batches.batch(9), torch.from_numpy(train.tokens(order(15, 3, 36, 4))))
         assert torch.equal(batches.at([1]), torch.from_numpy(train.tokens([1])))
 
-    def test_is_memory_mapped(self, tmp_path: Path) -> None:
+    def test_reads_only_the_rows_asked_for(self, tmp_path: Path) -> None:
         with (tmp_path / "x.npy").open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (2**20, 2**13)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -165,6 +165,8 @@ def bad_arrays(trap: Path) -> dict[str, bytes]:
         "pickle": pickle.dumps(Trap(trap)),
         "archive": zipped.getvalue(),
         "longer": good + b"\0",
+        "header of 4 GB": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1) + b"{" * 100,
+        "header below zero": b"\x93NUMPY\x01\x00" + struct.pack("<h", -1) + good[10:],
         "later version": good[:6] + b"\x09\x00" + good[8:],
         "header that calls": headed("{'descr': __import__('os').getpid(), 'fortran_order': False, 'shape': (4, 16)}"),
         "header of another kind": headed("[1, 2]"),
@@ -202,3 +204,9 @@ def test_array_from_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.npy")
     with at_most(SECONDS), pytest.raises(DataError, match="not a plain file"):
         open_source(f"tokens:{tmp_path / 'x.npy'}")
+    np.save(tmp_path / "y.npy", np.zeros((4, 16), np.uint8))
+    for name in ("y.json", "y.labels.npy"):
+        os.mkfifo(tmp_path / name)
+        with at_most(SECONDS), pytest.raises(DataError, match=rf"{name}: not a plain file"):
+            open_source(f"tokens:{tmp_path / 'y.npy'}")
+        (tmp_path / name).unlink()
