@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import plans
 from benchmarks.measure import worker
 from benchmarks.plans import Selection
-from benchmarks.registry import PRESETS, RESOLUTIONS, SUITES
+from benchmarks.registry import OURS, PRESETS, RESOLUTIONS, SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {("cpu", "quick"): 30.0, ("cpu", "default"): 45.0}
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         description="Time, memory and error of this library beside its peers. Every case runs in a process of its own, and is "
         "timed only after its output and gradients agree with the oracle.",
         epilog=f"Suites: {suites}. Examples: python -m benchmarks --quick; python -m benchmarks --suite attention sparse "
-        "--shape 2 12 4096 64; python -m benchmarks --compare HEAD~1 --fail-if slower:10%%",
+        "--shape 2 12 4096 64; python -m benchmarks --compare HEAD~1 --fail-if slower:10%",
     )
     add = made.add_argument
     add("--suite", nargs="+", choices=list(SUITES), default=[], metavar="SUITE", help="all when left out")
@@ -50,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--memory", type=float, metavar="GIB", help="memory a case may take (80 %% of what is free)")
     add("--out", type=Path, help="folder for results.jsonl, results.json, results.md and plots (runs/bench/...)")
     add("--report", action="store_true", help="measure nothing: write the report of --out again, and compare it")
-    add("--compare", metavar="RUN|REVISION", help="a folder of results, or a git revision, which is measured now, too")
-    add("--fail-if", metavar="slower:10%", help="with --compare: exit code 1 if a case is slower by more, beyond the spread")
+    add("--compare", metavar="RUN|REVISION", help="a folder of results, or a git revision: both are measured in turn")
+    add("--fail-if", metavar="slower:10%", help="with --compare: exit code 1 if a case of ours is slower by more")
     add("--list", action="store_true", help="print the cases and stop")
     return made
 
@@ -138,13 +138,13 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
         compare.check(options.compare)
     out = _out(options, device)
     file = out / "results.jsonl"
+    memory = None if options.memory is None else int(options.memory * 2**30)
+    limit = options.limit or SECONDS.get((device, wanted.mode), LIMIT)
     if options.report:
         lines, code = read(file), 0
     else:
         if file.exists() and not options.resume:
             raise ValueError(f"{file} is there already: --resume goes on with it, another --out leaves it alone")
-        limit = options.limit or SECONDS.get((device, wanted.mode), LIMIT)
-        memory = None if options.memory is None else int(options.memory * 2**30)
         settings = Settings(out, limit, BUDGET[wanted.mode], memory, options.minutes, options.resume)
         began = time.monotonic()
         worker.preload(module for case in cases for module in plans.find(case)[1].loads)
@@ -161,7 +161,7 @@ def _run(options: argparse.Namespace, device: str, arguments: list[str]) -> int:
         print(sentence)
     print(f"{', '.join(tables.write(out, lines))} in {out}")
     if options.compare is not None:
-        code = max(code, compare.command(options.compare, lines, options.fail_if, arguments))
+        code = max(code, compare.command(options.compare, lines, options.fail_if, limit, BUDGET[wanted.mode]))
     return code
 
 
@@ -182,9 +182,6 @@ def _greet(facts: dict[str, Any], count: int) -> None:
     name = environment.get("gpu") or environment["processor"]
     print(f"{name}, {environment['cores']} cores, torch {versions['torch']}, triton {versions.get('triton', '-')}")
     print(f"matrix product {rates['matmul_tflops']:.3g} TFLOP/s, copy {rates['copy_gbs']:.3g} GB/s; {count} cases", flush=True)
-
-
-OURS = ("flash", "sparse", "decode", "ours", "ext", "kernels", "hf-kernels")
 
 
 def _verdict(rows: list[dict[str, object]], left: int, took: float) -> int:

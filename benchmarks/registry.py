@@ -24,6 +24,8 @@ SUITES = {
     "train": "one training step of a model",
     "sample": "one more pixel of a model with a full cache",
 }
+# Methods of this library, which alone are judged; the others are its peers.
+OURS = ("flash", "sparse", "decode", "ours", "ext", "kernels", "hf-kernels")
 # What the rows call a pass -> how a page writes it.
 WAYS = {"forward": "forward", "backward": "backward", "both": "forward + backward", "step": "step"}
 # The peers that ratios are given against, by suite; a sparse layer is set against the dense layer of the same size.

@@ -34,7 +34,7 @@ def output(*command: str, cwd: Path = ROOT) -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use. Not taken from igpt: revisions that are compared with may not have it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

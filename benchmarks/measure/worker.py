@@ -139,12 +139,17 @@ def _verdict(code: int | None, log: Any) -> Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What a child is to measure: ways of one case, within a budget; what it may allocate on a GPU."""
+    """What a child is to measure: ways of one case, within a budget; what it may allocate on a GPU.
+
+    With `times_only` it neither compares with the oracle nor looks at memory and the machine's rates: for a case that was
+    measured in full before.
+    """
 
     case: Case
     ways: tuple[str, ...]
     budget: float
     memory: int
+    times_only: bool = False
 
 
 def run_job(order: Job, send: Send) -> None:
@@ -179,6 +184,14 @@ def measure(order: Job) -> Iterator[Message]:
         work = operation.prepare(case, subject)
         if work.warm is not None:
             work.warm()
+        if order.times_only:
+            for way in order.ways:
+                yield {"way": way, "started": True}
+                work.calls[way]()
+                cold = operation.cost(case, way).bound == "memory"
+                times = timing.measure(work.calls[way], case.device, order.budget, cold=cold)
+                yield {"way": way, "status": "ok", "reason": "", **times.columns()}
+            return
         for way in order.ways:
             if way == "backward":
                 continue  # needs the graph that a forward call keeps; its memory is that of "both"

@@ -1,9 +1,8 @@
-"""Two runs beside each other: old, new, ratio, and whether the change is beyond the spread of both."""
+"""Two runs or two revisions beside each other: old, new, ratio, and whether the change is beyond chance."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure.worker import Message
+from benchmarks.measure import rounds
+from benchmarks.measure.rounds import Pair, Side
+from benchmarks.measure.worker import Limits, Message
+from benchmarks.registry import OURS, Case
 from benchmarks.report import tables, units
 
 ROOT = Path(__file__).resolve().parents[2]
-_VALUE_OPTIONS = {"--out": 1, "--compare": 1, "--fail-if": 1, "--minutes": 1}
-_FLAGS = {"--resume", "--report"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Change:
     def both_ok(self) -> bool:
         """Whether there are two times."""
         return bool(self.old["status"] == "ok" and self.new["status"] == "ok")
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        """Old time and new time."""
+        return float(self.old["median_s"]), float(self.new["median_s"])
 
     @property
     def ratio(self) -> float:
@@ -73,26 +78,33 @@ def differences(old: Sequence[Message], new: Sequence[Message]) -> list[str]:
 
 
 def slower(found: Sequence[Change], percent: float) -> list[Change]:
-    """The changes for the worse by more than `percent`, beyond the spread of both; what ran then and fails now is one."""
+    """Our changes for the worse by more than `percent`, beyond the spread of both; what ran then and fails now is one.
+
+    Peers are not judged: a change of theirs is the machine's, or that of another version.
+    """
     return [
         change
         for change in found
-        if (change.both_ok and change.verdict == "slower" and change.ratio > 1 + percent / 100)
-        or (change.old["status"] == "ok" and change.new["status"] in ("error", "oom", "timeout"))
+        if change.new["method"] in OURS
+        and (
+            (change.both_ok and change.verdict == "slower" and change.ratio > 1 + percent / 100)
+            or (change.old["status"] == "ok" and change.new["status"] in ("error", "oom", "timeout"))
+        )
     ]
 
 
-def table(found: Sequence[Change]) -> str:
+def table(found: Sequence[Change] | Sequence[Pair]) -> str:
     """Old, new, ratio and verdict of each change."""
     width = max((len(change.key) for change in found), default=4)
     lines = [f"{'case':{width}}  {'old':>10} {'new':>10} {'new/old':>8}"]
     for change in found:
         if change.both_ok:
-            old, new = units.seconds(change.old["median_s"]), units.seconds(change.new["median_s"])
+            old, new = (units.seconds(value) for value in change.medians)
             mark = "" if change.verdict == "same" else f"  {change.verdict}"
             lines.append(f"{change.key:{width}}  {old:>10} {new:>10} {change.ratio:>8.2f}{mark}")
         elif change.verdict != "same":
-            lines.append(f"{change.key:{width}}  {change.verdict}: {change.new.get('reason', '')}")
+            last = change.new[-1] if isinstance(change, Pair) else change.new
+            lines.append(f"{change.key:{width}}  {change.verdict}: {last.get('reason', '')}")
     return "\n".join(lines)
 
 
@@ -110,26 +122,39 @@ def check(against: str) -> None:
         raise ValueError(f"--compare: {against} is neither a folder of results nor a git revision")
 
 
-def command(against: str, lines: Sequence[Message], fail_if: str | None, arguments: Sequence[str]) -> int:
+def command(against: str, lines: Sequence[Message], fail_if: str | None, seconds: float, budget: float) -> int:
     """Print the comparison of `lines` with a run or a revision; 1 if `fail_if` (``slower:10%``) holds.
+
+    With the folder of a run, its rows are set beside those of `lines`. A revision is measured now: our cases of `lines`, in
+    rounds, this revision and that one in turn; a case may take `seconds`, `budget` of them timing each way.
 
     Raises:
         ValueError: neither a run nor a revision, or nothing in common.
     """
-    old = read_run(Path(against)) if Path(against).exists() else measure_revision(against, arguments)
-    for difference in differences(old, lines):
-        print(f"warning: {difference}")
-    found = changes(old, lines)
-    if not found:
-        raise ValueError(f"{against} and this run have no case in common")
-    print("\n" + table(found))
-    marked = [change for change in found if change.verdict in ("slower", "faster")]
-    print(f"{len(found)} cases in both, {len(marked)} changed beyond the spread of both")
+    percent = 10.0 if fail_if is None else float(fail_if.partition(":")[2].rstrip("%"))
+    if Path(against).exists():
+        old = read_run(Path(against))
+        for difference in differences(old, lines):
+            print(f"warning: {difference}")
+        found = changes(old, lines)
+        if not found:
+            raise ValueError(f"{against} and this run have no case in common")
+        print("\n" + table(found))
+        marked = sum(change.verdict in ("slower", "faster") for change in found)
+        print(f"{len(found)} cases in both, {marked} changed beyond the spread of both")
+        bad = [change.key for change in slower(found, percent)]
+    else:
+        environment: Message = next((line for line in reversed(lines) if line.get("kind") == "environment"), {})
+        memory = environment.get("limits", {}).get("memory", 1 << 50)
+        pairs = measure_revision(against, lines, Limits(seconds, memory, budget), percent)
+        print("\n" + table(pairs))
+        marked = sum(pair.verdict in ("slower", "faster") for pair in pairs)
+        print(f"{len(pairs)} cases of ours in turn with {against}, {marked} changed beyond chance")
+        bad = [pair.key for pair in pairs if pair.is_slower(percent)]
     if fail_if is None:
         return 0
-    bad = slower(found, float(fail_if.partition(":")[2].rstrip("%")))
-    for change in bad:
-        print(f"{fail_if}: {change.key}")
+    for key in bad:
+        print(f"{fail_if}: {key}")
     return 1 if bad else 0
 
 
@@ -145,19 +170,6 @@ def read_run(path: Path) -> list[Message]:
     if not file.exists():
         raise ValueError(f"{path} holds no results.jsonl")
     return read(file)
-
-
-def selected(arguments: Sequence[str]) -> list[str]:
-    """The options that choose what is measured: those of the comparison and of the output left out."""
-    kept, skip = [], 0
-    for word in arguments:
-        if skip:
-            skip -= 1
-        elif word.partition("=")[0] in _VALUE_OPTIONS:
-            skip = 0 if "=" in word else _VALUE_OPTIONS[word]
-        elif word not in _FLAGS:
-            kept.append(word)
-    return kept
 
 
 @contextlib.contextmanager
@@ -198,22 +210,21 @@ def _extension(path: Path) -> None:
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=path, check=False, capture_output=True)
 
 
-def measure_revision(revision: str, arguments: Sequence[str]) -> list[Message]:
-    """Measure the same selection at another revision of the kernels, with today's benchmarks, on this machine, now.
+def pairs_of(lines: Sequence[Message]) -> list[Pair]:
+    """What is measured on both sides: our cases that were started, whatever became of them."""
+    rows = [row for row in tables.latest(lines) if row["method"] in OURS and row["status"] != "skipped"]
+    return [Pair(row["key"], Case.of(row), row["way"]) for row in rows if "predicted" not in row.get("reason", "")]
+
+
+def measure_revision(revision: str, lines: Sequence[Message], limits: Limits, percent: float) -> Sequence[Pair]:
+    """Measure our cases of `lines` on this checkout and on another revision, with today's benchmarks, in turn.
 
     Raises:
-        ValueError: no such revision, or nothing was measured.
+        ValueError: no such revision, or nothing to measure.
     """
-    with worktree(revision) as path, tempfile.TemporaryDirectory() as folder:
-        print(f"\nmeasuring {revision} the same way", flush=True)
-        # The folder of the module comes first on the path, so that the checkout's packages win over the installed ones.
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks", *selected(arguments), "--out", folder],
-            cwd=path,
-            check=False,
-            env={**os.environ, "PYTHONPATH": str(path)},
-            stdout=subprocess.DEVNULL,
-        )
-        if not (Path(folder) / "results.jsonl").exists():
-            raise ValueError(f"nothing could be measured at {revision}")
-        return read_run(Path(folder))
+    pairs = pairs_of(lines)
+    if not pairs:
+        raise ValueError(f"--compare {revision}: this run has no case of ours")
+    with worktree(revision) as path, Side(path) as old, Side(ROOT) as new:
+        print(f"\nmeasuring {revision} and this checkout in turn", flush=True)
+        return rounds.run(old, new, pairs, limits, percent, lambda text: print(text, flush=True))

@@ -263,3 +263,11 @@ def test_failures_have_statuses() -> None:
     real = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
     assert worker.failure(real)["status"] == "oom"
     assert "first line" in worker.failure(ValueError("first line\nsecond"))["reason"]
+
+
+def test_times_alone() -> None:
+    """What rounds ask for: no oracle, no memory, no rates."""
+    case = small("fused", "quick_gelu", "ours")
+    rows = [row for row in measure(Job(case, ("forward", "both"), 0.01, 8 << 30, times_only=True)) if "status" in row]
+    assert [(row["way"], row["status"]) for row in rows] == [("forward", "ok"), ("both", "ok")]
+    assert all(row["median_s"] > 0 and "error_ratio" not in row and "peak_bytes" not in row for row in rows)

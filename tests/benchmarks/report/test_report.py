@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.__main__ import parser
+from benchmarks.measure.worker import Limits
 from benchmarks.report import compare, pages, plots, tables, targets, units
 from tests.benchmarks.measure.test_run import FACTS
 from tests.benchmarks.misbehave import ok_row
@@ -186,7 +188,7 @@ def test_a_planted_regression_is_found(factor: float, verdict: str, fails: bool,
     assert bool(compare.slower(found, 10.0)) == fails
     assert not compare.slower(found, 60.0)
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in planted(1.0)))
-    assert compare.command(str(tmp_path), planted(factor), "slower:10%", []) == fails
+    assert compare.command(str(tmp_path), planted(factor), "slower:10%", 1.0, 0.1) == fails
 
 
 def test_what_ran_and_fails_now_is_a_regression() -> None:
@@ -208,7 +210,9 @@ def test_a_comparison_with_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no results\.jsonl"):
         compare.read_run(tmp_path)
     with pytest.raises(ValueError, match="neither a folder of results nor a git revision"):
-        compare.measure_revision("no-such-revision", [])
+        compare.measure_revision("no-such-revision", [row("flash", 32)], Limits(1, 1, 1), 10.0)
+    with pytest.raises(ValueError, match="this run has no case of ours"):
+        compare.measure_revision("HEAD", [row("sdpa", 32)], Limits(1, 1, 1), 10.0)
     with pytest.raises(ValueError, match="--compare: no-such-revision is neither a folder of results nor a git revision"):
         compare.check("no-such-revision")
     with pytest.raises(ValueError, match=r"holds no results\.jsonl"):
@@ -216,12 +220,21 @@ def test_a_comparison_with_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text(json.dumps(row("sdpa", 32)) + "\n")
     compare.check(str(tmp_path))
     with pytest.raises(ValueError, match="no case in common"):
-        compare.command(str(tmp_path), [row("flash", 32)], None, [])
+        compare.command(str(tmp_path), [row("flash", 32)], None, 1.0, 0.1)
 
 
-def test_the_options_of_the_comparison_are_not_handed_on() -> None:
-    arguments = ["--quick", "--compare", "HEAD", "--out=x", "--fail-if", "slower:1%", "--suite", "attention", "--resume"]
-    assert compare.selected(arguments) == ["--quick", "--suite", "attention"]
+def test_help_reads_as_it_is_meant() -> None:
+    text = parser().format_help()
+    assert "%%" not in text
+    assert text.rstrip().endswith("--fail-if slower:10%")
+    assert "80 % of what is free" in " ".join(text.split())
+
+
+def test_peers_are_not_judged() -> None:
+    found = compare.changes([row("sdpa", 64, 1.0), row("flash", 64, 1.0)], [row("sdpa", 64, 2.0), row("flash", 64, 2.0)])
+    assert [change.new["method"] for change in compare.slower(found, 10.0)] == ["flash"]
+    lines = [row("sdpa", 64), row("flash", 64), gone("flash", 32, "skipped"), gone("sparse", 32, "error")]
+    assert [(pair.case.method, pair.way) for pair in compare.pairs_of(lines)] == [("flash", "both"), ("sparse", "both")]
 
 
 @pytest.mark.slow
