@@ -13,16 +13,19 @@ A settings class declares what its fields may hold by their annotations: types, 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import math
 import operator
+import os
 import re
+import sys
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from igpt.errors import ConfigError
+from igpt.errors import ArgumentTypeError, ConfigError, shown
 
 T = TypeVar("T")
 
@@ -135,6 +138,8 @@ def _accept(hint: Any, value: Any, limit: Limit | None = None) -> Any:
             return _Wrong
         items = tuple(_accept(arguments[0], each) for each in value)
         return _Wrong if any(each is _Wrong for each in items) else items
+    if hint in (bool, int, float):
+        value = as_number(value)
     if hint is Path:
         return Path(value) if isinstance(value, (str, Path)) else _Wrong
     if hint is int or hint is float:
@@ -165,7 +170,7 @@ def check_fields(owner: Any) -> None:
         found = _accept(hint, value)
         if found is _Wrong:
             wide = isinstance(value, int) and not _fits_64_bits(value)
-            raise ConfigError(f"{name} must be {_describe(hint)}{' (64 bits)' if wide else ''}, got {value!r}")
+            raise ConfigError(f"{name} must be {_describe(hint)}{' (64 bits)' if wide else ''}, got {shown(value)}")
         if found is not value:
             object.__setattr__(owner, name, found)
 
@@ -193,16 +198,64 @@ def from_mapping(cls: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(f"{cls.__name__}: {str(error).partition('() ')[2] or error}") from error
 
 
-def check_int(name: str, value: Any, low: int) -> int:
-    """`value` as an int; numpy's integers are welcome.
+def as_number(value: Any) -> Any:
+    """A number of NumPy, or a tensor of one number without dimensions, as Python's own; anything else as it is."""
+    if isinstance(value, float):
+        return float(value)  # numpy.float64 is one
+    try:
+        number = value.item() if value.shape == () else value
+    except Exception:  # most things have no shape; tensors on the device meta, nested and traced ones have no value
+        return value
+    return number if type(number) in (bool, int, float) else value
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int; NumPy's integers are welcome, and tensors of one.
 
     Raises:
-        ConfigError: no integer, or below `low`; names `name`.
+        ConfigError: no integer, below `low` or above `high`; names `name`.
     """
     try:
-        number = operator.index(value)
-    except TypeError:
+        number = operator.index(as_number(value))
+    except (TypeError, ValueError, RuntimeError):  # the last two for tensors of several numbers, or without any
         number = None
-    if number is None or isinstance(value, bool) or number < low:
-        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+    if number is None or isinstance(as_number(value), bool) or number < low or (high is not None and number > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{name} must be an integer {limits}, got {shown(value)}")
     return number
+
+
+def check_number(name: str, value: Any, limits: Between) -> float:
+    """`value` as a finite float inside `limits`; numbers of NumPy are welcome.
+
+    Raises:
+        ConfigError: no number, NaN, infinite, or outside; names `name`.
+    """
+    number = as_number(value)
+    fits = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
+    if not fits or not limits.holds(number):
+        raise ConfigError(f"{name} must be a number {limits}, got {shown(value)}")
+    return float(number)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """`value` as a bool; NumPy's are welcome. Raises `ConfigError` naming `name` for anything else."""
+    flag = as_number(value)
+    if not isinstance(flag, bool):
+        raise ConfigError(f"{name} must be True or False, got {shown(value)}")
+    return flag
+
+
+def check_path(name: str, value: Any) -> Path:
+    """`value` as a path, which need not exist. Raises `ConfigError` naming `name` for what no system call takes."""
+    if not isinstance(value, (str, Path)):
+        raise ArgumentTypeError(f"{name} must be a path, got {shown(value)}")
+    try:
+        os.stat(value)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        # What stands there is for the caller to say; a name that is too long, or has a null character, is no path.
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{name} must be a path that a system call takes, got {shown(str(value))}") from error
+    return Path(value)

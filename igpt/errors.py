@@ -1,7 +1,7 @@
 """User-facing errors, and `import_extra` for optional packages.
 
-The command line turns any `IgptError` into one line on stderr and exit code 2. Everything else is a bug and keeps its
-traceback.
+The command line turns any `IgptError` into one line on stderr and exit code 2. Everything else is a bug: one line and exit
+code 1, and with ``IGPT_DEBUG=1`` its traceback.
 """
 
 from __future__ import annotations
@@ -11,11 +11,24 @@ from types import ModuleType
 
 
 class IgptError(ValueError):
-    """A mistake that the user can mend: the message names the argument or file, what was got, and what is wanted."""
+    """A mistake that the user can mend: the message names the argument or file, what was got, and what is wanted.
+
+    As text it is one line. What a terminal would obey or hide is spelled out (``\\x1b``): names of files can hold anything.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class ConfigError(IgptError):
     """An option or configuration value that cannot work."""
+
+
+class ArgumentTypeError(IgptError, TypeError):
+    """An argument of a type, or a tensor of a dtype, that cannot work."""
 
 
 class DataError(IgptError):
@@ -36,6 +49,21 @@ class NonFiniteError(IgptError):
 
 class MissingExtra(IgptError, ImportError):
     """An optional package is not installed; the message is the command that installs it."""
+
+
+def shown(value: object) -> str:
+    """What came, for the end of a message: one line, cut where it is long; of arrays and tensors dtype and shape."""
+    dtype, device = getattr(value, "dtype", None), str(getattr(value, "device", "cpu"))
+    if dtype is not None and not isinstance(value, type):
+        try:
+            shape = f" {list(getattr(value, 'shape'))}"  # noqa: B009
+        except Exception:  # a nested tensor has no shape to list
+            shape = ""
+        if shape == " []" and device == "cpu":
+            return " ".join(repr(value).split())
+        return f"{type(value).__name__}{shape} of {dtype}{'' if device == 'cpu' else f' on {device}'}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

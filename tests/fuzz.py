@@ -90,8 +90,10 @@ def check_refusal(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
         call = f"{name}({shown})\n  {type(error).__name__}: {text[:300]}"
         if not isinstance(error, kinds):
             raise AssertionError(f"another kind of error: {call}") from error
-        names = {*inspect.signature(function).parameters, *arguments}
+        within = [key for value in arguments.values() if isinstance(value, dict) for key in value]
+        names = {*map(str, within), *inspect.signature(function).parameters, *arguments}
         files = [str(value) for value in arguments.values() if isinstance(value, (str, Path))]
+        files += [str(IgptError(file)) for file in files]  # as errors spell them out
         if not any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names | set(files)):
             raise AssertionError(f"no argument is named: {call}") from error
         if len(text) > 10_000 or "\n" in text:

@@ -5,6 +5,7 @@ Letters: N images, T pixels, L layers, C width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,16 +48,18 @@ def extract(
     shape = (len(masks), model.config.n_layer + 1, len(tokens), model.config.n_embd)
     found = {name: np.empty(shape, np.float32) for name in (("normed", "raw") if raw else ("normed",))}
     residual: list[Tensor] = []
+    mine = threading.get_ident()
 
     def note(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        residual.append(inputs[0].mean(1))
+        if threading.get_ident() == mine:  # others may run the model meanwhile
+            residual.append(inputs[0].mean(1))
 
     # The input of every block, and of ln_f, is the residual stream: reading it along the way saves a second forward pass.
     watched = [*model.blocks, model.ln_f] if raw else []
     handles = [module.register_forward_pre_hook(note) for module in watched]
     bar = Console(progress).progress(len(masks) * len(tokens), 0, "features", "image")
     try:
-        with evaluating(model), bar:
+        with evaluating(model) as model, bar:
             for vote, mask in enumerate(masks):
                 for start in range(0, len(tokens), batch_size):
                     part = slice(start, start + batch_size)

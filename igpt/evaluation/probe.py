@@ -24,9 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from igpt.checks import check_int
+from igpt.checks import Between, check_bool, check_int, check_number
 from igpt.console import Console, aligned_table
-from igpt.errors import ConfigError, DataError, import_extra
+from igpt.errors import ConfigError, DataError, NonFiniteError, import_extra, shown
 from igpt.evaluation.features import extract, vote_masks
 from igpt.machine import versions
 from igpt.model.inference import check_finite, check_model
@@ -40,6 +40,9 @@ Array = npt.NDArray[Any]
 
 Labelled = tuple[Tensor | Array, Tensor | Array]
 MAX_ITERATIONS, TOLERANCE = 1000, 1e-4
+MAX_SPLITS = 1000
+_STRENGTH = Between(1e-12, 1e12)  # beyond, L-BFGS meets numbers that are not finite
+_SHARE = Between(0.0, 1.0, low_open=True, high_open=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +136,12 @@ def linear_probe(
         train: (images uint8 [N, h, w, 3] or tokens integer [N, T], labels integer [N]).
         test: the same for testing. When None, each of `seeds` splits takes `test_fraction` of every class in `train`;
             when given, one fit on all of `train` is made, because it would come out the same for every seed.
-        c: inverse L2 strength on the standardised features.
+        c: inverse L2 strength on the standardised features, from 1e-12 to 1e12.
         raw: also probe the residual stream before the norm.
         untrained: also probe the same model with fresh weights (drawn with `seed`).
         pixels: also probe RGB / 255 of the images (of the decoded tokens, when tokens are given).
         test_fraction: share held out, in (0, 1).
-        seeds: splits; split s uses the seed ``seed + s``.
+        seeds: splits, at most 1,000; split s uses the seed ``seed + s``.
         seed: first seed, 0 or above.
         batch_size: images in a forward pass.
         progress: show bars, on a terminal.
@@ -148,20 +151,21 @@ def linear_probe(
         (without labels) may have used the test part.
 
     Raises:
+        ArgumentTypeError: `model` is no ImageGPT.
         ConfigError: an argument out of range or of the wrong shape; images without a palette; fewer than two classes.
         DataError: a class with a single image, which no split can have on both sides.
         MissingExtra: scikit-learn is not installed.
-        NonFiniteError: a weight is NaN or infinite.
+        NonFiniteError: a weight or a feature is NaN or infinite.
 
     Cost: one pass of the model over all images (one more for `untrained`; five times that for ``bert``); features take
     ``4 · N · (L+1) · C`` bytes for each of normed, raw, untrained; ``S · (L+1)`` fits for each.
     """
     sklearn = import_extra("sklearn", "eval")
-    if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < float("inf"):
-        raise ConfigError(f"c must be a number above 0, got {c!r}")
-    if not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
-        raise ConfigError(f"test_fraction must be above 0 and below 1, got {test_fraction!r}")
-    seeds, seed, batch_size = check_int("seeds", seeds, 1), check_int("seed", seed, 0), check_int("batch_size", batch_size, 1)
+    c, test_fraction = check_number("c", c, _STRENGTH), check_number("test_fraction", test_fraction, _SHARE)
+    flags = (("raw", raw), ("untrained", untrained), ("pixels", pixels), ("progress", progress))
+    raw, untrained, pixels, progress = (check_bool(name, flag) for name, flag in flags)
+    seeds, seed = check_int("seeds", seeds, 1, MAX_SPLITS), check_int("seed", seed, 0, 2**63 - 1)
+    batch_size = check_int("batch_size", batch_size, 1, 2**31)
     check_model(model)
     check_finite(model)
     inputs, labels = _labelled("train", model, train)
@@ -176,18 +180,23 @@ def linear_probe(
         splits = [(np.arange(count), count + np.arange(len(test_labels)))]
         inputs, labels = np.concatenate([inputs, test_inputs]), np.concatenate([labels, test_labels])
     else:
-        splits = [split(labels, test_fraction, seed + s) for s in range(seeds)]
+        try:
+            splits = [split(labels, test_fraction, seed + s) for s in range(seeds)]
+        except DataError as error:
+            raise DataError(f"train {error}") from None
     if len(np.unique(labels)) < 2:
-        raise ConfigError(f"labels must hold at least two classes, got only {np.unique(labels).tolist()}")
+        raise ConfigError(f"train must have labels of at least two classes, got only {np.unique(labels).tolist()}")
     tokens, rgb = _both_forms(model, inputs, need_rgb=pixels)
     masks = vote_masks(model, len(labels), seed)
 
     fits = len(splits) * ((model.config.n_layer + 1) * (1 + raw + untrained) + pixels)
-    fitter = _Fitter(float(c), fits, progress)
+    fitter = _Fitter(c, fits, progress)
     found: dict[str, Floats] = {}
     with fitter.bar:
         features = extract(model, tokens, raw=raw, batch_size=batch_size, masks=masks, progress=progress)
         for name, values in features.items():
+            if not np.isfinite(values).all():
+                raise NonFiniteError(f"model gives NaN or infinite features ({name}); its weights are finite, but too large")
             found[name] = fitter.layers(values, labels, splits)
         if untrained:
             fresh = extract(_fresh(model, seed), tokens, batch_size=batch_size, masks=masks, progress=progress)
@@ -239,7 +248,7 @@ def split(
         members = rng.permutation(np.flatnonzero(labels == label))
         if len(members) < 2:
             raise DataError(
-                f"class {int(label)} has a single image; at least two are needed to train on one and test on another"
+                f"labels: class {int(label)} has a single image; at least two are needed to train on one and test on another"
             )
         cut = min(max(round(len(members) * test_fraction), 1), len(members) - 1)
         parts[1].append(members[:cut])
@@ -287,7 +296,7 @@ def _labelled(name: str, model: ImageGPT, given: Labelled) -> tuple[Array, npt.N
     config = model.config
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise ConfigError(f"{name} must be (images or tokens, labels), got {type(given).__name__}")
-    inputs, labels = (value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for value in given)
+    inputs, labels = _array(f"{name}[0], images or tokens,", given[0]), _array(f"{name}[1], labels,", given[1])
     images = inputs.ndim == 4 and inputs.dtype == np.uint8 and inputs.shape[1:] == (config.height, config.width, 3)
     tokens = inputs.ndim == 2 and np.issubdtype(inputs.dtype, np.integer) and inputs.shape[1] == config.n_ctx
     if not (images or tokens):
@@ -302,7 +311,17 @@ def _labelled(name: str, model: ImageGPT, given: Labelled) -> tuple[Array, npt.N
         raise ConfigError(
             f"{name} labels must be integers [{len(inputs)}], at least one, got {labels.dtype} {list(labels.shape)}"
         )
+    if labels.max() > np.iinfo(np.int64).max:
+        raise ConfigError(f"{name} labels must fit into int64, got {labels.max()}")
     return inputs, labels.astype(np.int64)
+
+
+def _array(name: str, value: Any) -> Array:
+    """What a user gave, as an array of the CPU."""
+    try:
+        return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    except Exception as error:  # sparse, nested and meta tensors; rows of several lengths; objects with an opinion
+        raise ConfigError(f"{name} must be an array, got {shown(value)}") from error
 
 
 def _both_forms(model: ImageGPT, inputs: Array, *, need_rgb: bool) -> tuple[Tensor, Array | None]:

@@ -6,7 +6,7 @@ Letters: n drawn images, N given images, T = h·w pixels in raster order, V colo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from igpt.checks import check_int
+from igpt.checks import check_bool, check_int
 from igpt.console import Console
-from igpt.errors import ConfigError, NonFiniteError
+from igpt.errors import ConfigError, DataError, NonFiniteError, shown
 from igpt.generation.sampler import TokenSampler, exponential_noise, stream
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT
 from igpt.model.inference import check_finite, check_model, evaluating
+from igpt.palette.arrays import as_array
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +45,7 @@ def sample(
     `tiny` model with 512 colours in float32.)
 
     With both `top_k` and `top_p`, the k likeliest colours are renormalised before `top_p` is applied. Ties go to the lower
-    token. No global random state is read or changed, and the model's training mode is put back.
+    token. No global random state is read or changed, nor the model's training mode: threads may share the model, and train it.
 
     Args:
         model: with objective ``ar``.
@@ -67,10 +68,10 @@ def sample(
     check_model(model)
     n = check_int("n", n, 1)
     seed = check_int("seed", seed, 0)
+    batch_size, progress = check_int("batch_size", batch_size, 1), check_bool("progress", progress)
     sampler = TokenSampler(temperature, top_k, top_p, model.config.vocab_size)
-    tokens = torch.zeros(n, model.config.n_ctx, dtype=torch.int64)
-    keys = [(seed, i) for i in range(n)]
-    return _draw(model, tokens, range(model.config.n_ctx), keys, sampler, check_int("batch_size", batch_size, 1), progress)
+    tokens = _memory(n, model.config.n_ctx)
+    return _draw(model, tokens, range(model.config.n_ctx), lambda row: (seed, row), sampler, batch_size, progress)
 
 
 def complete(
@@ -110,15 +111,16 @@ def complete(
     config = model.config
     n = check_int("n", n, 1)
     seed = check_int("seed", seed, 0)
+    batch_size, progress = check_int("batch_size", batch_size, 1), check_bool("progress", progress)
     sampler = TokenSampler(temperature, top_k, top_p, config.vocab_size)
     kept = keep_mask(keep, config.height, config.width)
     given = _as_tokens(model, images_or_tokens)
     count = len(given)
     # What is not kept is overwritten before it is read; zeroing it makes that visible if it were ever otherwise.
-    known = torch.where(torch.from_numpy(kept), given, 0).repeat_interleave(n, 0)
-    keys = [(seed, i, j) for i in range(count) for j in range(n)]
+    known = _memory(count * n, config.n_ctx)
+    known.view(count, n, -1)[:] = torch.where(torch.from_numpy(kept), given, 0)[:, None]
     free = [int(position) for position in np.flatnonzero(~kept)]
-    drawn = _draw(model, known, free, keys, sampler, check_int("batch_size", batch_size, 1), progress)
+    drawn = _draw(model, known, free, lambda row: (seed, row // n, row % n), sampler, batch_size, progress)
     return drawn.view(count, n, config.n_ctx)
 
 
@@ -128,6 +130,7 @@ def keep_mask(keep: str | Tensor | Array, height: int, width: int) -> npt.NDArra
     Raises:
         ConfigError: an unknown word, a number beyond the image, or booleans of another shape.
     """
+    height, width = check_int("height", height, 1, 65536), check_int("width", width, 1, 65536)
     pixels = height * width
     if isinstance(keep, str):
         word, colon, number = keep.partition(":")
@@ -139,7 +142,10 @@ def keep_mask(keep: str | Tensor | Array, height: int, width: int) -> npt.NDArra
         else:
             raise ConfigError(f"keep must be top-half, rows:0..{height}, pixels:0..{pixels} or a boolean mask, got {keep!r}")
         return np.arange(pixels) < first
-    mask = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
+    try:
+        mask = as_array("keep", keep)
+    except DataError as error:
+        raise ConfigError(f"keep must be bool [{height}, {width}] or [{pixels}], got {shown(keep)}") from error
     if mask.dtype != np.bool_ or mask.shape not in ((height, width), (pixels,)):
         raise ConfigError(f"keep must be bool [{height}, {width}] or [{pixels}], got {mask.dtype} {list(mask.shape)}")
     return mask.reshape(pixels)
@@ -149,23 +155,24 @@ def _draw(
     model: ImageGPT,
     known: Tensor,
     free: Sequence[int],
-    keys: Sequence[tuple[int, ...]],
+    key: Callable[[int], tuple[int, ...]],
     sampler: TokenSampler,
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    """Fill the positions `free` (ascending) of `known` [n, T] in place; row i draws with the numbers of ``keys[i]``."""
+    """Fill the positions `free` (ascending) of `known` [n, T] in place; row i draws with the numbers of ``key(i)``."""
     if model.config.objective != "ar":
-        raise ConfigError("a model with objective 'bert' predicts hidden pixels from all others and cannot draw; it needs 'ar'")
+        raise ConfigError("model has objective 'bert', which predicts hidden pixels and cannot draw; it needs 'ar'")
     check_finite(model)
     if not free:
         return known
     began = time.perf_counter()
     bar = Console(progress).progress(len(known) * len(free), 0, "drawing", "px", unit_scale=True)
-    with evaluating(model), bar:
+    with evaluating(model) as model, bar:
         for start in range(0, len(known), batch_size):
             rows = known[start : start + batch_size].to(model.device)
-            streams = torch.tensor([stream(*key) for key in keys[start : start + batch_size]], device=model.device)
+            numbers = range(start, min(start + batch_size, len(known)))
+            streams = torch.tensor([stream(*key(row)) for row in numbers], device=model.device)
             cache = model.new_cache(len(rows), free[-1] + 1)
             finite = torch.ones((), dtype=torch.bool, device=model.device)
             fed = 0
@@ -185,10 +192,18 @@ def _draw(
     return known
 
 
+def _memory(images: int, pixels: int) -> Tensor:
+    """Zeros for drawn images, int64 [n, T]. Raises `ConfigError` where they do not fit into memory."""
+    try:
+        return torch.zeros(images, pixels, dtype=torch.int64)
+    except (RuntimeError, TypeError, OverflowError) as error:  # the last two for numbers beyond 64 bits
+        raise ConfigError(f"n must be a number of images that fits into memory, got {shown(images)}") from error
+
+
 def _as_tokens(model: ImageGPT, given: Tensor | Array) -> Tensor:
     """Images or tokens, as `complete` takes them, to int64 [N, T] on the CPU, never the caller's own memory."""
     config = model.config
-    array = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    array = as_array("images_or_tokens", given)
     if array.ndim >= 3:
         array = array[None] if array.ndim == 3 else array
         wanted = (config.height, config.width, 3)

@@ -5,14 +5,12 @@ Letters: B images drawn at once, V colours.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.checks import check_int
-from igpt.errors import ConfigError
+from igpt.checks import AtLeast, Between, check_int, check_number
+from igpt.errors import ConfigError, shown
 
 # SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): number k of a stream is a few
 # integer operations on (stream, k), the same on every device and in every version of torch and NumPy.
@@ -62,15 +60,11 @@ class TokenSampler:
     """
 
     def __init__(self, temperature: float, top_k: int | None, top_p: float | None, colors: int) -> None:
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-            raise ConfigError(f"temperature must be a number of at least 0, got {temperature!r}")
-        if top_k is not None and check_int("top_k", top_k, 1) > colors:
-            raise ConfigError(f"top_k must be from 1 to the model's {colors} colours, got {top_k!r}")
-        if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-        self.temperature = temperature
-        self.top_k = colors if top_k is None else top_k
-        self.top_p = 1.0 if top_p is None else top_p
+        self.temperature = check_number("temperature", temperature, AtLeast(0))
+        self.top_k = colors if top_k is None else check_int("top_k", top_k, 1)
+        if self.top_k > colors:
+            raise ConfigError(f"top_k must be from 1 to the model's {colors} colours, got {shown(top_k)}")
+        self.top_p = 1.0 if top_p is None else check_number("top_p", top_p, Between(0, 1, low_open=True))
         self.colors = colors
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from igpt.checks import Between, Count, check_fields, from_mapping
-from igpt.errors import ConfigError
+from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.files import describe
 from igpt_kernels import layouts
 
 Objective = Literal["ar", "bert"]
 PresetName = Literal["tiny", "igpt-s", "igpt-m", "igpt-l", "igpt-xl"]
+
+
+_MAX_PATTERNS = 1024
+_MAX_PATTERN = 1000
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,17 @@ class ImageGPTConfig:
         ConfigError: a size below 1, a width that the heads do not divide, an unknown objective or pattern.
     """
 
-    n_layer: Count
+    n_layer: Annotated[int, Between(1, 1024)]
     """Blocks."""
     n_head: Count
     """Attention heads; n_embd must be a multiple."""
-    n_embd: Count
+    n_embd: Annotated[int, Between(1, 2**20)]
     """Width of the residual stream (C)."""
     vocab_size: Annotated[int, Between(2, 65536)] = 512
     """Palette colours (V). The start symbol is not one of them."""
-    height: Count = 32
+    height: Annotated[int, Between(1, 65536)] = 32
     """Rows of the image in tokens."""
-    width: Count = 32
+    width: Annotated[int, Between(1, 65536)] = 32
     """Columns of the image in tokens."""
     attention: str | tuple[str, ...] = "dense"
     """Attention pattern, or patterns cycled over the layers: dense, or what `igpt_kernels.layouts.parse` reads."""
@@ -47,13 +52,16 @@ class ImageGPTConfig:
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         patterns = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
-        if not patterns:
-            raise ConfigError(f"attention must name a pattern, got {self.attention!r}")
-        for pattern in patterns:
+        if not 1 <= len(patterns) <= _MAX_PATTERNS or max(map(len, patterns)) > _MAX_PATTERN:
+            raise ConfigError(
+                f"attention must be 1 to {_MAX_PATTERNS} patterns of at most {_MAX_PATTERN} characters, "
+                f"got {shown(self.attention)}"
+            )
+        for pattern in dict.fromkeys(patterns):
             try:
                 layouts.parse(pattern, self.height, self.width)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"attention: {error}") from error
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(f"attention: {describe(error)}") from error
 
     def pattern(self, layer: int) -> str:
         """The attention pattern of a layer."""
@@ -73,6 +81,8 @@ class ImageGPTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageGPTConfig:
         """Build from a mapping; an unknown or missing key raises `ConfigError` naming it."""
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise ArgumentTypeError(f"values must be a dict of settings by name, got {shown(values)}")
         return from_mapping(cls, values)
 
 
@@ -97,7 +107,7 @@ def preset(name: PresetName, **changes: Any) -> ImageGPTConfig:
     Raises:
         ConfigError: unknown name, or a field that does not exist.
     """
-    if name not in get_args(PresetName):
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    if not isinstance(name, str) or name not in get_args(PresetName):
+        raise ConfigError(f"name must be a preset, one of {', '.join(PRESETS)}; got {shown(name)}")
     n_layer, n_head, n_embd = PRESETS[name]
     return from_mapping(ImageGPTConfig, {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **changes})

@@ -6,6 +6,7 @@ Reads what transformers writes (old files with mask buffers, sharded ones, fine-
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, import_extra
-from igpt.files import describe, read_json, replacing, write_json
+from igpt.checks import check_path
+from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, import_extra, shown
+from igpt.files import describe, replacing, write_json
 from igpt.model.config import ImageGPTConfig
+from igpt.model.weights import DTYPES, Source, Stored, files_of, headers, read, read_object, unwrapped
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT
@@ -32,41 +35,54 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False, None),
     "add_cross_attention": (False, None),
 }
+_MERGE = "merge_and_unload() of peft"
 _EXTRA = ("height", "width", "attention", "objective", "mask_rate")
 
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> ImageGPT:
     """Read a model, with its palette when one lies beside it.
 
+    Names may have what torch.compile, DDP, FSDP and checkpointing put before them, and may be those of `igpt.ImageGPT` itself.
+    Nothing is built before the shapes in the files bear out config.json.
+
     Args:
         source: folder in Hugging Face format, or a hub id such as ``"openai/imagegpt-small"`` (needs huggingface_hub).
         device: where the weights go.
-        dtype: of the weights; that of the file when None.
+        dtype: of the weights; that of the files when None, of several the one that holds all values.
 
     Returns:
         `igpt.ImageGPT` in evaluation mode. Biases are kept only where the file holds non-zero ones; of an image size that
         config.json does not state, ``n_positions`` must be a square.
 
     Raises:
-        CheckpointError: a file is missing or malformed, a tensor is missing, unknown, non-finite or of another shape.
-        ConfigError: a device that is not there.
-        TypeError: `source` is no path.
+        CheckpointError: a file is missing, malformed or no plain file; a tensor is missing, unknown, non-finite or of another
+            shape; the folder holds an adapter alone.
+        ConfigError: a device that is not there, a `dtype` that is none of weights.
+        ArgumentTypeError: `source` is no path.
     """
     from igpt.model.image_gpt import ImageGPT
 
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"source must be a path or a hub id, got {type(source).__name__}")
+    check_path("source", source)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ConfigError(f"dtype must be float16, bfloat16, float32, float64 or None, got {shown(dtype)}")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch is built without CUDA
-        raise ConfigError(f"device {device!r} cannot be used ({describe(error)})") from error
+    except Exception as error:  # of four kinds; AssertionError: torch is built without CUDA
+        raise ConfigError(f"device {shown(device)} cannot be used ({describe(error)})") from error
     folder = _folder(source)
-    settings = _read_json(folder / "config.json")
-    state = _canonical(_read_tensors(folder), folder)
-    config = _config(settings, folder, bias=any(name.endswith("bias") and bool(value.any()) for name, value in state.items()))
+    _refuse_adapters(folder)
+    settings = read_object(folder / "config.json")
+    stored = _canonical(headers(files_of(folder)), folder)
+    config = _config(settings, folder, bias=any(name.endswith("bias") for name in stored))
+    shapes = shapes_of(config)
+    weights = read(_plan(stored, shapes, config, folder), shapes, folder)
+    biases = [name for name in weights if name.endswith("bias")]
+    if not any(bool(weights[name].any()) for name in biases):
+        config = dataclasses.replace(config, bias=False)
+        weights = {name: value for name, value in weights.items() if name not in biases}
     with torch.device("meta"):
         model = ImageGPT(config)
-    model.load_state_dict(_from_hf(state, model, folder), assign=True)
+    model.load_state_dict(weights, assign=True)
     if dtype is not None:
         model.to(dtype)
     model.to(device)
@@ -86,17 +102,24 @@ def save(model: ImageGPT, folder: str | Path) -> None:
     port has no words, are extra keys of config.json. A bert model, which has no start vector, gets a zero row for it.
 
     Raises:
-        DataError: the folder or a file in it cannot be written; what was there stays.
+        DataError: the folder or a file in it cannot be written; the weights that were there stay.
+        CheckpointError: the model holds what the format has no place for, such as a LoRA; says how to go on.
+        ArgumentTypeError: `folder` is no path.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    folder = check_path("folder", folder)
+    weights = _to_hf(model)
     with replacing(folder / "model.safetensors") as part:
-        save_file(_to_hf(model), part, metadata={"format": "pt"})
+        try:
+            save_file(weights, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise DataError(f"{folder / 'model.safetensors'}: cannot be written ({describe(error)})") from error
         part.chmod(0o644)  # safetensors 0.8 leaves 0600, unreadable for the colleague it is shared with
-    write_json(folder / "config.json", _hf_config(model))
-    if model.palette is not None:
-        model.palette.save(folder, height=model.config.height, width=model.config.width)
+        write_json(folder / "config.json", _hf_config(model))
+        if model.palette is not None:
+            model.palette.save(folder, height=model.config.height, width=model.config.width)
 
 
 def _folder(source: str | Path) -> Path:
@@ -117,58 +140,32 @@ def _folder(source: str | Path) -> Path:
         raise CheckpointError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path.parent}: no {path.name}; is this a model folder?")
-    try:
-        values = read_json(path)
-    except DataError as error:
-        raise CheckpointError(str(error)) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values
+def _refuse_adapters(folder: Path) -> None:
+    """Say what to do with a folder that holds an adapter alone."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder}: holds an adapter alone; load its base model, {shown(base) if base else 'which it does not name'}, and "
+            "add it: peft.PeftModel.from_pretrained(igpt.ImageGPT.from_pretrained(BASE), FOLDER)"
+        )
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.exists():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in shards.values()
-        ):
-            raise CheckpointError(f"{index}: weight_map must map tensor names to file names in the same folder")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state.update(load_file(file))
-        except FileNotFoundError as error:
-            hint = ""
-            if (folder / "pytorch_model.bin").exists():
-                hint = (
-                    "; pytorch_model.bin is a pickle and is not opened: convert it with transformers' "
-                    "ImageGPTForCausalImageModeling.from_pretrained(folder).save_pretrained(folder)"
-                )
-            raise CheckpointError(f"{folder}: no {file.name}{hint}") from error
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
-    return state
-
-
-def _canonical(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Names without the ``transformer.`` prefix and without what is no weight: old mask buffers, a classifier's head."""
-    tidy = {}
-    for name, value in state.items():
-        name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "score.weight":
+def _canonical(found: list[Stored], folder: Path) -> dict[str, Stored]:
+    """By names without prefixes, and without what is no weight: old mask buffers, a classifier's head, a count of averages."""
+    tidy: dict[str, Stored] = {}
+    for stored in found:
+        name = unwrapped(stored.name).removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name in ("score.weight", "n_averaged"):
             continue
-        if not value.is_floating_point():
-            raise CheckpointError(f"{folder}: tensor {name} must be floating point, got {value.dtype}")
-        tidy[name] = value
+        if ".lora_" in name or ".base_layer." in name:
+            raise CheckpointError(f"{folder}: tensor {stored.name[:100]} is of an adapter; save the model after {_MERGE}")
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{folder}: tensor {name[:100]} must be floating point ({', '.join(DTYPES)}), got {stored.dtype}"
+            )
+        if name in tidy:
+            raise CheckpointError(f"{folder}: two tensors are {name[:100]}: {tidy[name].name[:100]} and {stored.name[:100]}")
+        tidy[name] = stored
     return tidy
 
 
@@ -176,7 +173,7 @@ def _config(settings: dict[str, Any], folder: Path, *, bias: bool) -> ImageGPTCo
     where = folder / "config.json"
     for name, allowed in _FIXED.items():
         if name in settings and settings[name] not in allowed:
-            raise CheckpointError(f"{where}: {name} must be {allowed[0]!r}, got {settings[name]!r}")
+            raise CheckpointError(f"{where}: {name} must be {allowed[0]!r}, got {shown(settings[name])}")
     sizes = {}
     names = {
         "n_layer": "num_hidden_layers",
@@ -188,11 +185,11 @@ def _config(settings: dict[str, Any], folder: Path, *, bias: bool) -> ImageGPTCo
     for name, alias in names.items():
         value = settings.get(name, settings.get(alias))
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
+            raise CheckpointError(f"{where}: {name} must be an integer of at least 1, got {shown(value)}")
         sizes[name] = value
     inner = settings.get("n_inner")
     if inner is not None and inner != 4 * sizes["n_embd"]:
-        raise CheckpointError(f"{where}: n_inner must be 4 x n_embd = {4 * sizes['n_embd']}, got {inner!r}")
+        raise CheckpointError(f"{where}: n_inner must be 4 x n_embd = {4 * sizes['n_embd']}, got {shown(inner)}")
     extra = {name: settings[f"igpt_{name}"] for name in _EXTRA if f"igpt_{name}" in settings}
     side = math.isqrt(sizes["n_positions"])
     if "height" not in extra and side * side != sizes["n_positions"]:
@@ -217,46 +214,74 @@ def _config(settings: dict[str, Any], folder: Path, *, bias: bool) -> ImageGPTCo
     return config
 
 
-def _from_hf(state: dict[str, Tensor], model: ImageGPT, folder: Path) -> dict[str, Tensor]:
-    config = model.config
-    table = state.pop("wte.weight", None)
-    if table is None or table.shape != (config.vocab_size + 1, config.n_embd):
-        got = "nothing" if table is None else str(tuple(table.shape))
-        raise CheckpointError(f"{folder}: wte.weight must be {(config.vocab_size + 1, config.n_embd)}, got {got}")
-    ours = {"wte.weight": table[:-1].clone()}
-    if model.sos is not None:
-        ours["sos"] = table[-1].clone()
-    head = state.pop("lm_head.weight", None)
-    if head is None:
-        warnings.warn(
-            f"{folder} holds no lm_head (a base or classification model): logits will be zero, features are right", stacklevel=4
-        )
-        head = torch.zeros(config.vocab_size, config.n_embd, dtype=table.dtype)
-    # tie_word_embeddings=True in the port gives a head with a row for the start symbol, which no pixel can be.
-    ours["head.weight"] = head[:-1].clone() if head.shape[0] == config.vocab_size + 1 else head
-    for theirs, name in _names(config.n_layer):
-        value = state.pop(theirs, None)
-        if value is None:
-            if theirs.endswith("bias"):
-                continue
-            raise CheckpointError(f"{folder}: tensor {theirs} is missing")
-        if name.endswith("bias") and not config.bias:
-            continue
-        transposed = name.rpartition(".")[0].rpartition("blocks.")[2].partition(".")[2] in _LINEAR and name.endswith("weight")
-        ours[name] = value.t().contiguous() if transposed else value
-    if state:
-        raise CheckpointError(f"{folder}: unknown tensors {', '.join(sorted(state)[:4])}{', ...' if len(state) > 4 else ''}")
-    for name, parameter in model.state_dict().items():
-        value = ours.get(name)
-        if value is None:
-            if not name.endswith("bias"):
-                raise CheckpointError(f"{folder}: tensor for {name} is missing")
-            ours[name] = torch.zeros(parameter.shape, dtype=table.dtype)
-        elif value.shape != parameter.shape:
-            raise CheckpointError(f"{folder}: tensor for {name} must be {tuple(parameter.shape)}, got {tuple(value.shape)}")
-        elif not torch.isfinite(value).all():
-            raise CheckpointError(f"{folder}: tensor for {name} holds NaN or infinite values")
-    return ours
+def _plan(
+    stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]], config: ImageGPTConfig, folder: Path
+) -> dict[str, Source | None]:
+    """What each weight is read from, or None for zeros. Nothing is read yet; shapes that do not fit are refused.
+
+    `stored` is emptied of what is used.
+    """
+    plan: dict[str, Source | None] = {}
+    if any(name.startswith("blocks.") for name in stored):  # a state dictionary of `igpt.ImageGPT`
+        for name in shapes:
+            plan[name] = Source(stored.pop(name)) if name in stored else None
+    else:
+        table = stored.pop("wte.weight", None)
+        wanted = (config.vocab_size + 1, config.n_embd)
+        if table is None or table.shape != wanted:
+            raise CheckpointError(f"{folder}: wte.weight must be {wanted}, got {'nothing' if table is None else table.shape}")
+        plan["wte.weight"] = Source(table, stop=-1)
+        if config.objective == "ar":
+            plan["sos"] = Source(table, start=-1, one_row=True)
+        head = stored.pop("lm_head.weight", None)
+        if head is None:
+            warnings.warn(
+                f"{folder} holds no lm_head (a base or classification model): logits will be zero, features are right",
+                stacklevel=4,
+            )
+            plan["head.weight"] = None
+        else:
+            # tie_word_embeddings=True in the port gives a head with a row for the start symbol, which no pixel can be.
+            tied = head.shape[:1] == (config.vocab_size + 1,)
+            plan["head.weight"] = Source(head, stop=-1) if tied else Source(head)
+        for theirs, name in _names(config.n_layer):
+            value = stored.pop(theirs, None)
+            if value is None and not theirs.endswith("bias"):
+                raise CheckpointError(f"{folder}: tensor {theirs} is missing")
+            matrix = name.rpartition(".")[0].rpartition("blocks.")[2].partition(".")[2] in _LINEAR and name.endswith("weight")
+            if name in shapes:
+                plan[name] = None if value is None else Source(value, transposed=matrix)
+    if stored:
+        names = [name[:100] for name in sorted(stored)]
+        raise CheckpointError(f"{folder}: unknown tensors {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    for name, shape in shapes.items():
+        source = plan.get(name)
+        if source is None and not name.endswith("bias") and name != "head.weight":
+            raise CheckpointError(f"{folder}: tensor for {name} is missing")
+        if source is not None and source.shape != shape:
+            raise CheckpointError(f"{folder}: tensor for {name} must be {shape}, got {source.shape}")
+    return plan
+
+
+def shapes_of(config: ImageGPTConfig) -> dict[str, tuple[int, ...]]:
+    """The weights of a model by name, without building it."""
+    width = config.n_embd
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, width), "wpe.weight": (config.n_ctx, width)}
+    if config.objective == "ar":
+        shapes["sos"] = (width,)
+    matrices = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "fc": (4 * width, width),
+        "proj": (width, 4 * width),
+    }
+    for layer in range(config.n_layer):
+        shapes |= {f"blocks.{layer}.{norm}.weight": (width,) for norm in _NORM}
+        for name, shape in matrices.items():
+            shapes[f"blocks.{layer}.{name}.weight"] = shape
+            if config.bias:
+                shapes[f"blocks.{layer}.{name}.bias"] = shape[:1]
+    return shapes | {"ln_f.weight": (width,), "head.weight": (config.vocab_size, width)}
 
 
 def _names(n_layer: int) -> list[tuple[str, str]]:
@@ -270,7 +295,9 @@ def _names(n_layer: int) -> list[tuple[str, str]]:
 
 
 def _to_hf(model: ImageGPT) -> dict[str, Tensor]:
-    ours = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    ours = {unwrapped(name): value for name, value in model.state_dict().items()}
+    _refuse_others(ours, model.config)
+    ours = {name: value.detach().cpu() for name, value in ours.items()}
     width = model.config.n_embd
     start = ours["sos"] if model.sos is not None else torch.zeros(width, dtype=ours["wte.weight"].dtype)
     state = {
@@ -285,6 +312,26 @@ def _to_hf(model: ImageGPT) -> dict[str, Tensor]:
             value = torch.zeros(weight.shape[0], dtype=weight.dtype)
         state[f"transformer.{theirs}"] = value.contiguous()
     return state
+
+
+def _refuse_others(weights: dict[str, Any], config: ImageGPTConfig) -> None:
+    """Refuse a state dictionary that is not the one of an `igpt.ImageGPT` of this configuration, or has no plain values."""
+    adapted = [name for name in weights if ".lora_" in name or ".base_layer." in name]
+    if adapted:
+        raise CheckpointError(
+            f"model holds an adapter ({adapted[0]}), for which the format has no place: save that by its own save_pretrained, "
+            f"or save the model after {_MERGE}"
+        )
+    wanted = shapes_of(config)
+    for name in [*(name for name in weights if name not in wanted), *(name for name in wanted if name not in weights)]:
+        what = "holds" if name in weights else "lacks"
+        raise CheckpointError(f"model {what} {name}, so it is no Image GPT any more and has no place in the format")
+    for name, value in weights.items():
+        plain = isinstance(value, Tensor) and type(value) in (Tensor, torch.nn.Parameter)
+        if not plain or value.is_meta or value.dtype not in DTYPES.values() or value.shape != wanted[name]:
+            raise CheckpointError(
+                f"model: {name} must be a plain tensor of floating-point values {wanted[name]}, got {shown(value)}"
+            )
 
 
 def _hf_config(model: ImageGPT) -> dict[str, Any]:

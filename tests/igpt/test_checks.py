@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import types
 import typing
@@ -10,11 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
-from igpt.checks import Above, AtLeast, Between, Count, Matches, Natural, Options, check_int, from_mapping, hints
+from igpt.checks import (
+    Above,
+    AtLeast,
+    Between,
+    Count,
+    Matches,
+    Natural,
+    Options,
+    as_number,
+    check_bool,
+    check_int,
+    check_number,
+    check_path,
+    from_mapping,
+    hints,
+)
 from igpt.commands.main import COMMANDS
-from igpt.errors import ConfigError
+from igpt.errors import ConfigError, IgptError
 from igpt.model.config import ImageGPTConfig
 
 CLASSES: list[type[Any]] = [*(command.options for command in COMMANDS.values()), ImageGPTConfig]
@@ -167,3 +185,45 @@ def test_check_int_takes_integers_of_numpy() -> None:
     for least in (0, 7):
         found = check_int("n", np.int32(7), least)
         assert (found, type(found)) == (7, int)
+
+
+class Odd(enum.IntEnum):
+    THREE = 3
+
+
+def test_numbers_of_other_libraries_become_pythons_own() -> None:
+    for value in (np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), Odd.THREE, 3):
+        assert check_int("n", value, 1) == 3
+        assert check_number("x", value, AtLeast(0)) == 3.0
+    for value in (np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), 0.5):
+        assert (type(as_number(value)), check_number("x", value, Between(0, 1))) == (float, 0.5)
+    assert check_bool("b", np.bool_(True)) is True
+    same = (None, "3", [3], np.array([3]), torch.tensor([3, 4]), torch.ones((), device="meta"), np.datetime64("2020"), 1j)
+    for value in same:
+        assert as_number(value) is value
+        with pytest.raises(ConfigError, match=r"^n must be an integer of at least 1, got "):
+            check_int("n", value, 1)
+        with pytest.raises(ConfigError, match=r"^x must be a number of at least 0, got "):
+            check_number("x", value, AtLeast(0))
+        with pytest.raises(ConfigError, match=r"^b must be True or False, got "):
+            check_bool("b", value)
+    for flag in (True, np.bool_(True), torch.tensor(True)):
+        with pytest.raises(ConfigError, match=r"^n must be an integer from 1 to 2, got "):
+            check_int("n", flag, 1, 2)
+        with pytest.raises(ConfigError, match=r"^x must be a number"):
+            check_number("x", flag, AtLeast(0))
+    with pytest.raises(ConfigError, match=r"^n must be an integer from 1 to 2, got 3$"):
+        check_int("n", 3, 1, 2)
+    for number in (math.nan, math.inf, -math.inf, 10**400, -0.5, np.float32("inf")):
+        with pytest.raises(ConfigError, match=r"^x must be a number of at least 0, got "):
+            check_number("x", number, AtLeast(0))
+
+
+def test_paths(tmp_path: Path) -> None:
+    for value in (tmp_path, str(tmp_path), tmp_path / "new", "", "\N{SNOWMAN}"):
+        assert check_path("folder", value) == Path(value)
+    wrongs = ((3, "got 3"), (None, "got None"), (b"x", "got b'x'"), ("a\0b", r"got 'a\\x00b'"), ("x" * 5000, "got 'xx"))
+    for wrong, message in wrongs:
+        with pytest.raises(IgptError, match=f"^folder must be a path.*{message}") as caught:
+            check_path("folder", wrong)
+        assert len(str(caught.value)) < 200

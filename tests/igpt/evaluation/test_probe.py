@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from igpt.errors import ConfigError, DataError, IgptError, NonFiniteError
 from igpt.evaluation import features, probe
 from igpt.evaluation.probe import ProbeResult, linear_probe
 from igpt.model.image_gpt import ImageGPT
+from tests.fuzz import check_refusal, hostile_values
 from tests.models import greys, random_model
 
 
@@ -229,6 +231,31 @@ def test_votes_are_averaged() -> None:
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         linear_probe(small(), **{"train": separable(12), "pixels": False, **changes})
+
+
+def test_wrong_values_are_refused_by_name() -> None:
+    """Each argument with hostile values, and pairs of them; ``seeds=2**70`` never ended."""
+    tokens, labels = separable(12)
+    model = small(n_layer=1)
+    good: dict[str, Any] = {"model": model, "train": (tokens, labels), "test": None, "c": 1.0, "raw": False, "untrained": False}
+    good |= {"pixels": False, "test_fraction": 0.3, "seeds": 1, "seed": 0, "batch_size": 64, "progress": False}
+    assert check_refusal(linear_probe, good) is not None
+    rng = random.Random(0)
+    for name in good:
+        for value in [2**70, *rng.sample(hostile_values(rng), 40)]:
+            for wrong in [(value, labels), (tokens, value), value] if name in ("train", "test") else [value]:
+                check_refusal(linear_probe, {**good, name: wrong})
+    for _ in range(60):
+        wrong = {name: rng.choice(hostile_values(rng)) for name in rng.sample(list(good), 2)}
+        check_refusal(linear_probe, {**good, **wrong})
+
+
+def test_features_that_are_not_finite() -> None:
+    model = small()
+    with torch.no_grad():
+        model.wte.weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match="model gives NaN or infinite features"):
+        linear_probe(model, separable(30), pixels=False, untrained=False)
 
 
 def test_a_broken_model_is_refused() -> None:

@@ -147,7 +147,19 @@ def write(name: str, data: bytes | None) -> Callable[[Path], None]:
     return edit
 
 
+def index(shards: object) -> Callable[[Path], None]:
+    """Weights in two equal files, and an index of them."""
+
+    def edit(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "whole.safetensors")
+        shutil.copy(folder / "whole.safetensors", folder / "copy.safetensors")
+        write("model.safetensors.index.json", json.dumps({"weight_map": shards}).encode())(folder)
+
+    return edit
+
+
 GAIN = "transformer.h.0.ln_1.weight"
+HEAD = "lm_head.weight"
 BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (write("config.json", None), "config.json"),
     "no weights": (write("model.safetensors", None), "model.safetensors"),
@@ -180,8 +192,14 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "shape differs": (edit_state(lambda s: s.update({GAIN: torch.ones(31)})), r"\(32,\), got \(31,\)"),
     "NaN": (edit_state(lambda s: s.update({GAIN: torch.full((32,), float("nan"))})), "NaN"),
     "integers": (edit_state(lambda s: s.update({GAIN: torch.ones(32, dtype=torch.int64)})), "floating"),
-    "index escapes": (write("model.safetensors.index.json", b'{"weight_map": {"a": "../../etc/passwd"}}'), "weight_map"),
-    "index names nothing": (write("model.safetensors.index.json", b'{"weight_map": {"a": "shard.safetensors"}}'), "shard"),
+    "index escapes": (index({"a": "../../etc/passwd"}), "weight_map"),
+    "index to folders": (index({"a": ".."}), "weight_map"),
+    "index of numbers": (index({"a": 3}), "weight_map"),
+    "index of nothing": (index({}), "wte.weight"),
+    "index a list": (index(["a"]), "weight_map"),
+    "index names nothing": (index({"a": "shard.safetensors"}), "no shard.safetensors"),
+    "index promises too much": (index({"a": "whole.safetensors"}), "has no tensor a, which the index says"),
+    "two shards alike": (index({GAIN: "whole.safetensors", HEAD: "copy.safetensors"}), r"two tensors are .* and "),
 }
 
 
@@ -235,5 +253,5 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
         ImageGPT.from_pretrained(tmp_path, device="teapot")
     with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used"):
         ImageGPT.from_pretrained(tmp_path, device="cuda:99")
-    with pytest.raises(TypeError, match="source must be a path or a hub id, got NoneType"):
+    with pytest.raises(TypeError, match="source must be a path, got None"):
         ImageGPT.from_pretrained(None)  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def test_features_are_means_of_normed_inputs(tokens: torch.Tensor) -> None:
     torch.testing.assert_close(raw, model._embed(tokens, None).mean(1))
     with pytest.raises(ValueError, match="layer"):
         model.features(tokens, 4)
-    with pytest.raises(ValueError, match="layer must be from 0 to 3, got '1'"):
+    with pytest.raises(ConfigError, match="layer must be an integer from 0 to 3, got '1'"):
         model.features(tokens, "1")  # type: ignore[arg-type]
 
 
@@ -180,20 +180,14 @@ def test_bad_tokens_are_named(tokens: torch.Tensor) -> None:
         model(tokens, torch.full_like(tokens, 64))
     with pytest.raises(ValueError, match="targets must be from 0 to 63 or -100, got -1"):
         model(tokens, torch.full_like(tokens, -1))
-    with pytest.raises(TypeError, match=r"targets must be an int64 tensor \[B,T\], got torch.float32"):
+    with pytest.raises(TypeError, match=r"targets must be a tensor of integers \[B,T\], got .*torch.float32"):
         model(tokens, tokens.float())
-    with pytest.raises(TypeError, match=r"targets must be an int64 tensor .*, got torch.int32"):
-        model(short := tokens.int(), short)
-    with pytest.raises(TypeError, match=r"targets must be an int64 tensor .*, got list"):
+    with pytest.raises(TypeError, match=r"targets must be a tensor of integers .*, got \[\["):
         model(tokens, tokens.tolist())
     with pytest.raises(ValueError, match="mask"):
         model(tokens, mask=tokens > 3)
-    with pytest.raises(TypeError, match=r"mask must be a bool tensor .*, got list"):
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor .*, got \[True\]"):
         small(objective="bert")(tokens, mask=[True])
-
-
-def test_no_images_have_no_logits() -> None:
-    assert small()(torch.zeros(0, 48, dtype=torch.int64)).logits.shape == (0, 48, 64)
 
 
 def test_a_model_needs_a_config() -> None:

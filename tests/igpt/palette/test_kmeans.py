@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
 
 from igpt.data.open import open_source
 from igpt.errors import ConfigError, DataError
@@ -65,6 +66,23 @@ class TestFit:
         assert after <= before < after * 1.005
         grid = Palette.uniform(64)
         assert palette.error(photo).psnr > grid.error(photo).psnr + 6
+
+    @pytest.mark.parametrize("k", [8, 64, 200])
+    def test_is_as_good_as_scikit_learn(self, photo: np.ndarray, k: int) -> None:
+        pixels = photo.reshape(-1, 3)
+        theirs = KMeans(k, n_init=1, random_state=0).fit(pixels.astype(np.float64))
+        palette = Palette.fit(photo, k, progress=False)
+        ours = ((pixels - palette.colors[nearest(pixels, palette.colors)]) ** 2).sum()
+        assert ours < 1.03 * theirs.inertia_
+
+    def test_a_start_is_found_on_pixels_as_often_as_they_occur(self) -> None:
+        # One colour has nearly all pixels: a part of the pixels holds too few others, and all are taken.
+        pixels = np.concatenate(
+            [np.zeros((900_000, 3), np.uint8), np.indices((20, 20, 20)).reshape(3, -1).T.astype(np.uint8) * 12]
+        )
+        palette = Palette.fit(pixels, 300, progress=False)
+        assert palette.colors[0].max() < 0.01
+        assert len(np.unique(palette.encode(pixels[None]).numpy())) == 300
 
     def test_many_colours_are_sampled(self, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
         full = Palette.fit(photo, 32, progress=False)

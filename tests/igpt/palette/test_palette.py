@@ -72,7 +72,14 @@ class TestUniform:
 
     @pytest.mark.parametrize(
         ("k", "near"),
-        [(7, "8 and 12"), (2, "8 and 12"), (511, "510 and 512"), (-3, "8"), (65537, "65536"), ("8", "k must be an integer")],
+        [
+            (7, "8 and 12"),
+            (2, "8 and 12"),
+            (511, "510 and 512"),
+            (-3, "2 to 65536"),
+            (65537, "65536"),
+            ("8", "k must be an integer"),
+        ],
     )
     def test_refuses(self, k: object, near: str) -> None:
         with pytest.raises(ConfigError, match=near):
