@@ -1,8 +1,8 @@
-"""Hugging Face's ImageGPT modules, and what runs in place of their forward while a swap stands.
+"""Hugging Face's ImageGPT modules, and what runs in place of their methods while a swap stands.
 
-transformers is never imported here: its modules are known by their classes once other code has imported them. What is set
-is one attribute of each instance, `forward`, which torch.compile guards. An instance's other methods and the class are not
-followed on torch 2.11; it asks `igpt.kernels.state` on every call, and goes the original way whenever the kernel cannot run.
+transformers is never imported here: its modules are known by their classes once other code has imported them. Their methods ask
+`igpt.kernels.state` on every call, and go the original way whenever the kernel cannot run. `igpt.kernels.classes` has the way
+in which methods are replaced.
 
 Known ways in which the port differs from Image GPT: sqrt(D) was truncated to an integer by transformers 5.17 (huggingface/
 transformers#47468); each attention keeps its causal mask as a buffer of n_positions² bytes; norms compute in the dtype of
@@ -11,31 +11,39 @@ their input.
 
 from __future__ import annotations
 
-import functools
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 
-from igpt.kernels import state
+from igpt.kernels import classes, state
 from igpt_kernels.activation import quick_gelu
 from igpt_kernels.attention import decode_attention, flash_attention
 from igpt_kernels.norm import rms_norm
 
 _MODELING = "transformers.models.imagegpt.modeling_imagegpt"
-# Attributes of their modules that the forwards below read. If a release renames one, the swap says so instead of failing.
+_ACTIVATIONS = "transformers.activations"
+# Attributes of their modules that are read here. If a release renames one, the swap says so instead of failing.
 _READ = {
     "attention": (
-        *("c_attn", "c_proj", "resid_dropout", "attn_dropout", "num_heads", "head_dim", "layer_idx", "bias"),
-        *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "is_cross_attention"),
+        *("attn_dropout", "head_dim", "layer_idx", "bias", "is_cross_attention"),
+        *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
     ),
     "norm": ("weight", "eps"),
     "mlp": (),
-    "model": (),
+    "model": ("config", "h"),
 }
+# Where the modules are of which an ImageGPTModel is made, and their operation.
+_PARTS = {"ln_1": "norm", "attn": "attention", "ln_2": "norm", "crossattention": "attention", "ln_cross_attn": "norm"}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_UNPADDED: Any = ()
+"""A value of `output_attentions` by which ImageGPTModel tells its attentions that nothing is padded, see `_model`."""
 
 
 def _modeling() -> ModuleType | None:
@@ -45,21 +53,28 @@ def _modeling() -> ModuleType | None:
 def find(model: nn.Module) -> dict[nn.Module, str]:
     """The modules of a Hugging Face ImageGPT inside `model`, wrapped as it may be, and the operation of each.
 
-    "model": the ImageGPTModel, which builds the attention mask (see `_model`).
+    "model": the ImageGPTModel, which builds the attention mask (see `_model`). What stands in the place of a module of theirs
+    is found too: `unsupported_reason` then says what it is.
     """
     modeling = _modeling()
     if modeling is None:
         return {}
+    known = {"attention": modeling.ImageGPTAttention, "norm": modeling.ImageGPTLayerNorm}
     found: dict[nn.Module, str] = {}
     for module in model.modules():
-        if isinstance(module, modeling.ImageGPTAttention):
-            found[module] = "attention"
-        elif isinstance(module, modeling.ImageGPTLayerNorm):
-            found[module] = "norm"
+        op = next((op for op, kind in known.items() if isinstance(module, kind)), None)
+        if op is not None:
+            found[module] = op
         elif isinstance(module, modeling.ImageGPTMLP):
-            found[module.act] = "mlp"
-        elif isinstance(module, modeling.ImageGPTModel):
-            found[module] = "model"
+            act = getattr(module, "act", None)
+            found[act if isinstance(act, nn.Module) else module] = "mlp"
+        elif isinstance(module, (modeling.ImageGPTModel, modeling.ImageGPTBlock)):
+            if isinstance(module, modeling.ImageGPTModel):
+                found[module] = "model"
+            for name, part in {**_PARTS, "ln_f": "norm"}.items():
+                there = getattr(module, name, None)
+                if isinstance(there, nn.Module) and not any(isinstance(inner, known[part]) for inner in there.modules()):
+                    found[there] = part
     return found
 
 
@@ -69,17 +84,79 @@ def setting_name(op: str) -> str:
 
 
 def unsupported_reason(module: nn.Module, op: str) -> str:
-    """Why a module keeps its own forward for good; empty when it need not."""
+    """Why a module keeps its own methods for good; empty when it need not."""
+    place, kind = _PLACES[op]
+    theirs = getattr(sys.modules.get(place), kind, None)
+    if theirs is None or not isinstance(module, theirs):
+        if op != "mlp":
+            return f"{type(module).__name__} stands in the place of {kind}"
+        act = getattr(module, "act", module)
+        name = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
+        return f"the activation is {name}, not quick_gelu of transformers"
     missing = [name for name in _READ[op] if not hasattr(module, name)]
     if missing:
         version = getattr(sys.modules.get("transformers"), "__version__", "unknown")
         return f"transformers {version} has another {type(module).__name__} (no {', '.join(missing)})"
-    if "forward" in vars(module) and not installed(module):
-        return "something else has replaced its forward"
-    if op == "attention" and module.is_cross_attention:
-        return "cross attention keeps its own"
-    if op == "mlp" and type(module).__name__ not in ("QuickGELUActivation",):
-        return f"the activation is {type(module).__name__}, not quick_gelu"
+    if classes.installed(module):
+        return ""
+    for name in _METHODS[op]:
+        if name in vars(module) and not _is_bound_method(module, name):
+            return f"something else has replaced its {name}"
+        if not _is_own(getattr(type(module), name, None), place, f"{kind}.{name}"):
+            return _whose(type(module), theirs, name)
+    if parametrize.is_parametrized(module):
+        return f"{', '.join(vars(module)['_modules']['parametrizations'])} is parametrized"  # by a class for this module alone
+    if op == "attention":
+        return "cross attention keeps its own" if module.is_cross_attention else _other_future(module)
+    return _other_masks(module) if op == "model" else ""
+
+
+def _is_bound_method(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of the instance is the method of its class. accelerate leaves that when it takes a hook off."""
+    value = vars(module)[name]
+    own = getattr(type(module), name, None)
+    function = getattr(value, "__func__", None)
+    return getattr(value, "__self__", None) is module and (function is own or getattr(function, "__wrapped__", None) is own)
+
+
+def _is_own(function: Any, place: str, name: str) -> bool:
+    """Whether a method is the one that transformers defines, in its own decorators if it has any."""
+    while hasattr(function, "__wrapped__"):
+        if not str(getattr(function, "__globals__", {}).get("__name__")).startswith("transformers."):
+            return False
+        function = function.__wrapped__
+    return getattr(function, "__globals__", {}).get("__name__") == place and function.__qualname__ == name
+
+
+def _whose(kind: type, theirs: type, name: str) -> str:
+    """Who has given a class another method than transformers."""
+    for one in kind.__mro__:
+        if name in vars(one) and one is not theirs and issubclass(one, theirs):
+            return f"{one.__name__} has a {name} of its own"
+    return f"{theirs.__name__}.{name} has been patched"
+
+
+def _other_future(attention: Any) -> str:
+    """Why the causal mask of an attention is not that of the kernel, as far as it has values."""
+    mask, positions = attention.bias, attention.config.max_position_embeddings
+    if type(mask) is not Tensor or mask.is_meta:
+        return ""
+    usual = torch.ones((1, 1, positions, positions), dtype=torch.bool, device=mask.device).tril()
+    return "" if torch.equal(mask, usual) else "its causal mask (the buffer bias) is not the one of transformers"
+
+
+def _other_masks(model: Any) -> str:
+    """Why a mask that attentions are given may hide more than padding and the future, in the blocks of an ImageGPTModel."""
+    modeling = _modeling()
+    for block in model.h:
+        if not isinstance(block, modeling.ImageGPTBlock) or "forward" in vars(block):  # type: ignore[union-attr]
+            return f"{type(block).__name__} may have a mask of its own, so compiled graphs run as plain PyTorch"
+        if not _is_own(type(block).forward, _MODELING, "ImageGPTBlock.forward"):
+            return f"{type(block).__name__}.forward may have a mask of its own, so compiled graphs run as plain PyTorch"
+    for name in ("create_causal_mask", "create_bidirectional_mask"):
+        # Release 5.0 has neither: there only padding makes a mask.
+        if hasattr(modeling, name) and not _is_own(getattr(modeling, name), "transformers.masking_utils", name):
+            return f"{name} has been patched, so compiled graphs run as plain PyTorch"
     return ""
 
 
@@ -89,75 +166,38 @@ def truncates_scale(head_dim: int) -> bool:
     return modeling is not None and float(modeling.torch_float(head_dim**0.5)) != head_dim**0.5
 
 
-class _Hooks:
-    """What a swap sets on a module, kept between swaps: torch.compile finds its graphs again by these very objects."""
-
-    def __init__(self, module: nn.Module, op: str) -> None:
-        self.values = {
-            "forward": functools.partial(_FORWARDS[op], module),
-            "kernels_call": {"unpadded": False},
-        }
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return type(None), ()  # copies and pickles of the module do not take it along
-
-
-def installed(module: nn.Module) -> bool:
-    """Whether a swap stands that has reached the module."""
-    return hasattr(module, "kernels_users")
-
-
 def install(module: nn.Module, op: str) -> None:
-    """Let a module ask `igpt.kernels.state` on every call. Nothing else of it changes; a second call only counts."""
-    if not installed(module):
-        kept = vars(module).get("kernels_kept") or _Hooks(module, op)  # None in a copy
-        values = kept.values | {"kernels": None, "kernels_users": 0, "kernels_kept": kept}
-        for name, value in values.items():
-            setattr(module, name, value)
-    module.kernels_users += 1  # type: ignore[operator,assignment]
+    """Let a module ask `igpt.kernels.state` on every call. Nothing else of it changes; a second call does nothing."""
+    for name in _METHODS[op]:
+        if name in vars(module) and not classes.installed(module):
+            delattr(module, name)  # the method of its class, see `_is_bound_method`
+    classes.install(module, _METHODS[op])
 
 
-def share_call_state(modules: Mapping[nn.Module, str]) -> None:
-    """Let the attentions of each installed ImageGPTModel learn from it whether a call is padded, see `_model`."""
-    for model, op in modules.items():
-        for inner in model.modules() if op == "model" else ():
-            if modules.get(inner) == "attention":
-                inner.kernels_call = model.kernels_call  # type: ignore[assignment]
+def share_masks(attentions: Iterable[nn.Module]) -> int:
+    """Let attentions whose kernels read no causal mask share one; the bytes that this frees.
 
-
-def uninstall(module: nn.Module, op: str) -> None:
-    """Undo one `install`; with the last one the module is as it was, but for what `_Hooks` holds out of its way.
-
-    A `forward` that other code has put around ours stays: it calls ours, which then goes the original way.
+    Shared, not dropped: calls that go the original way read it, and so do copies and averages of the model.
     """
-    module.kernels_users -= 1  # type: ignore[operator,assignment]
-    if module.kernels_users == 0:
-        if op == "attention":
-            rebuild_mask(module)
-        kept = module.kernels_kept
-        wrapped = isinstance(kept, _Hooks) and vars(module).get("forward") is not kept.values["forward"]
-        for name in ("kernels_users",) if wrapped else ("forward", "kernels", "kernels_users", "kernels_call"):
-            delattr(module, name)
+    freed, first = 0, dict[tuple[object, ...], Tensor]()
+    for module in attentions:
+        mask: Tensor = module.bias  # type: ignore[assignment]
+        shared = first.setdefault((type(mask), mask.device, mask.shape, mask.dtype), mask)
+        if shared is not mask:
+            module.bias = shared
+            module.kernels_shared = True  # type: ignore[assignment]
+            freed += mask.numel() * mask.element_size()
+    return freed
 
 
-def free_mask(module: nn.Module) -> int:
-    """Drop an attention's causal mask, which the kernels do not read; the bytes freed. `rebuild_mask` brings it back."""
-    mask: Tensor = module.bias  # type: ignore[assignment]
-    module.bias = mask.new_empty(0)
-    return mask.numel() * mask.element_size()
-
-
-def rebuild_mask(module: nn.Module) -> None:
-    """Build the causal mask again, where it was dropped: [1,1,n_positions,n_positions], True where key <= query."""
-    mask: Tensor = module.bias  # type: ignore[assignment]
-    if mask.numel() == 0:
-        positions: int = module.config.max_position_embeddings  # type: ignore[union-attr,assignment]
-        module.bias = torch.ones(1, 1, positions, positions, dtype=torch.bool, device=mask.device).tril()
-
-
-def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the module's class."""
-    return type(module).forward(module, *args, **kwargs)
+def uninstall(module: nn.Module) -> None:
+    """Undo `install` and `share_masks`, once no swap stands that reaches the module."""
+    if vars(module).pop("kernels_shared", False) and not torch._C._len_torch_dispatch_stack():
+        with torch.inference_mode(False):
+            own = module.bias.clone()  # type: ignore[operator,union-attr]
+        if not torch._C._functorch.is_functorch_wrapped_tensor(own):  # neither a mode's nor a transform's may stay behind
+            module.bias = own
+    classes.uninstall(module)
 
 
 def scale_of(module: Any, *, as_ported: bool) -> float:
@@ -171,22 +211,82 @@ def scale_of(module: Any, *, as_ported: bool) -> float:
     return scale / (module.layer_idx + 1 if module.scale_attn_by_inverse_layer_idx else 1)
 
 
+def _settings(module: Any, op: str, refusal: str) -> state.Settings | None:
+    """The settings by which a call of `op` runs, or None for plain PyTorch: they say so, or there is a `refusal`."""
+    settings = classes.settings_of(module)
+    if settings[op] is None:
+        return None
+    reason = classes.changed(module) or refusal
+    if reason:
+        state.refuse(settings, op, reason)
+        return None
+    return settings
+
+
+def _foreign(x: Tensor, weight: Tensor | None = None) -> str:
+    """Why a kernel cannot take such tensors; empty when it can. Their own code decides what a subclass computes."""
+    alike = weight is None or (type(weight) is nn.Parameter and weight.dtype == x.dtype)
+    if alike and type(x) is Tensor and x.dtype in _FLOATS:
+        return ""  # most calls: the rest would take a microsecond of each
+    for one in (x,) if weight is None else (x, weight):
+        if type(one) not in (Tensor, nn.Parameter) and not isinstance(one, FakeTensor):
+            return f"a tensor is a {type(one).__name__}"
+        if one.dtype not in _FLOATS:
+            return f"a tensor is of {one.dtype}"
+    if weight is not None and (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        return "float64 and another dtype meet"
+    return ""
+
+
+class _Kernel(NamedTuple):
+    """What an attention runs in place of its scores; given to it as its `attention_mask`, so each call has its own."""
+
+    backend: str
+    scale: float
+
+
 def _refusal(
-    module: Any, attention_mask: Tensor | None, encoder_hidden_states: Tensor | None, output_attentions: bool | None
+    module: Any,
+    hidden_states: Tensor,
+    layer_past: Any,
+    attention_mask: Tensor | None,
+    encoder_hidden_states: Tensor | None,
+    output_attentions: Any,
+    head_mask: Tensor | None,
 ) -> str:
     """Why the kernel cannot run this call of an attention; empty when it can."""
     if encoder_hidden_states is not None:
         return "cross attention keeps its own"
     if output_attentions:
         return "output_attentions=True wants the weights, which are never made"
-    if attention_mask is not None and not (torch.compiler.is_compiling() and module.kernels_call["unpadded"]):
+    if head_mask is not None:
+        return "head_mask weighs heads"
+    unpadded = isinstance(output_attentions, tuple) and _grows(module, layer_past)
+    if attention_mask is not None and not unpadded:
         return "the batch is padded (attention_mask hides keys), or the cache is a static one"
-    if module.training and module.attn_dropout.p > 0:
-        return f"dropout of {module.attn_dropout.p} on the weights while training; Image GPT has none: set attn_pdrop=0"
-    return ""
+    dropout = module.attn_dropout
+    if type(dropout) not in (nn.Dropout, nn.Identity) or dropout._forward_hooks or dropout._forward_pre_hooks:
+        return f"what is done to the weights would be left out (a {type(dropout).__name__}, or hooks on it)"
+    if dropout.training and getattr(dropout, "p", 0) > 0:
+        return f"dropout of {dropout.p} on the weights while training; Image GPT has none: set attn_pdrop=0"
+    return _foreign(hidden_states)
+
+
+def _grows(module: Any, layer_past: Any) -> bool:
+    """Whether a cache gives exactly the keys that were put into it: there is none, or it is a DynamicCache of full layers."""
+    if layer_past is None:
+        return True
+    cache = getattr(layer_past, "self_attention_cache", layer_past)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return False
+    full = getattr(sys.modules.get("transformers.cache_utils"), "DynamicLayer", None)
+    there = len(layers) > module.layer_idx
+    return full is not None and (type(layers[module.layer_idx]) if there else cache.layer_class_to_replicate) is full
 
 
 def _attention(
+    plain: Any,
     module: Any,
     hidden_states: Tensor,
     layer_past: Any = None,
@@ -194,65 +294,85 @@ def _attention(
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
     use_cache: bool | None = False,
-    output_attentions: bool | None = False,
+    output_attentions: Any = False,
     **others: Any,
+) -> Any:
+    """ImageGPTAttention.forward: projections and cache are its own, and what it does with scores is `_weighted`."""
+    refusal = _refusal(
+        module, hidden_states, layer_past, attention_mask, encoder_hidden_states, output_attentions, others.get("head_mask")
+    )
+    settings = _settings(module, "attention", refusal)
+
+    mask: Any = attention_mask
+    if settings is not None:
+        state.count(settings, "attention")
+        mask = _Kernel(str(settings["attention"]), scale_of(module, as_ported=settings["scale"] == "ported"))
+    return plain(
+        module, hidden_states, layer_past, mask, encoder_hidden_states, encoder_attention_mask,
+        use_cache=use_cache, output_attentions=output_attentions, **others,
+    )  # fmt: skip
+
+
+def _weighted(
+    plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *others: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """ImageGPTAttention.forward by a kernel: hidden [B,T,C] -> ([B,T,C], no weights); the cache grows as in the original."""
-    settings = state.settings_of(module)
-    backend = settings["attention"]
-    if backend is not None:
-        reason = _refusal(module, attention_mask, encoder_hidden_states, output_attentions)
-        if reason:
-            state.refuse(settings, "attention", reason)
-            backend = None
-    if backend is None:
-        rebuild_mask(module)
-        return _plain(
-            module, hidden_states, layer_past, attention_mask, encoder_hidden_states, encoder_attention_mask,
-            use_cache=use_cache, output_attentions=output_attentions, **others,
-        )  # fmt: skip
-    state.count(settings, "attention")
-    batch, tokens, width = hidden_states.shape
-    q, k, v = module.c_attn(hidden_states).view(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B,H,T,D]
-    if layer_past is not None:
-        cache = getattr(layer_past, "self_attention_cache", layer_past)
-        k, v = cache.update(k, v, module.layer_idx)
-    scale = scale_of(module, as_ported=settings["scale"] == "ported")
-    if tokens == 1 and k.shape[2] > 1:
-        y = decode_attention(q, k, v, k.shape[2], scale=scale, backend=backend)
-    else:
-        # Causal in the lower right corner, as their mask is cut: the last query stands at the last key.
-        y = flash_attention(q, k, v, causal=True, scale=scale, backend=backend)
-    return module.resid_dropout(module.c_proj(y.transpose(1, 2).reshape(batch, tokens, width))), None
+    """ImageGPTAttention._attn: queries [B,H,T,D] against keys and values -> [B,H,T,D], and no weights."""
+    if not isinstance(attention_mask, _Kernel):
+        return plain(module, query, key, value, attention_mask, *others)  # type: ignore[no-any-return]
+    backend, scale = attention_mask.backend, attention_mask.scale
+    if query.shape[2] == 1 and key.shape[2] > 1:
+        return decode_attention(query, key, value, key.shape[2], scale=scale, backend=backend), None
+    # Causal in the lower right corner, as their mask is cut: the last query stands at the last key.
+    return flash_attention(query, key, value, causal=True, scale=scale, backend=backend), None
 
 
-def _norm(module: Any, tensor: Tensor) -> Tensor:
+def _norm(plain: Any, module: Any, tensor: Tensor) -> Tensor:
     """ImageGPTLayerNorm.forward by a kernel."""
-    backend = state.active(module, "norm")
-    if backend is None:
-        return _plain(module, tensor)
-    return rms_norm(tensor, module.weight, eps=module.eps, backend=backend)
+    weight = module.weight
+    refusal = _foreign(tensor, weight)
+    if weight.shape != tensor.shape[-1:]:
+        refusal = f"the weight is {list(weight.shape)}, not one row"
+    elif not isinstance(module.eps, (int, float)) or not 0 <= module.eps < math.inf:
+        refusal = f"eps is {module.eps!r}, not a number from 0 on"
+    settings = _settings(module, "norm", refusal)
+    if settings is None:
+        return plain(module, tensor)  # type: ignore[no-any-return]
+    state.count(settings, "norm")
+    return rms_norm(tensor, weight, eps=module.eps, backend=str(settings["norm"]))
 
 
-def _activation(module: Any, input: Tensor) -> Tensor:
+def _activation(plain: Any, module: Any, input: Tensor) -> Tensor:
     """QuickGELUActivation.forward by a kernel."""
-    backend = state.active(module, "mlp")
-    return _plain(module, input) if backend is None else quick_gelu(input, backend=backend)
+    settings = _settings(module, "mlp", _foreign(input))
+    if settings is None:
+        return plain(module, input)  # type: ignore[no-any-return]
+    state.count(settings, "mlp")
+    return quick_gelu(input, backend=str(settings["mlp"]))
 
 
-def _model(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """ImageGPTModel.forward as it is, but while torch.compile traces it tells the attentions when nothing is padded.
+def _model(plain: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """ImageGPTModel.forward as it is, but it tells the attentions where nothing is padded.
 
-    There transformers makes a mask of zeros, which eager calls go without; nothing reads it then, and the compiler drops it.
+    transformers makes a mask there too: of zeros while torch.compile traces, of the future alone with `is_decoder`. Each block
+    gets `output_attentions` as it was given. So a value of it that is false like False says so, and only for this very call.
     """
-    mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
-    if mask is not None or not torch.compiler.is_compiling():
-        return _plain(module, *args, **kwargs)
-    # True only inside of the trace, where it is a constant: what other calls of the model find is False.
-    module.kernels_call["unpadded"] = True
-    output = _plain(module, *args, **kwargs)
-    module.kernels_call["unpadded"] = False
-    return output
+    wanted = kwargs.get("output_attentions")
+    wanted = module.config.output_attentions if wanted is None else wanted
+    told = len(args) > 2 or any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids"))
+    if not wanted and len(args) < 10:
+        kwargs["output_attentions"] = False if told or module.config._attn_implementation != "eager" else _UNPADDED
+    return plain(module, *args, **kwargs)
 
 
-_FORWARDS: Mapping[str, Callable[..., Any]] = {"attention": _attention, "norm": _norm, "mlp": _activation, "model": _model}
+_PLACES = {
+    "attention": (_MODELING, "ImageGPTAttention"),
+    "norm": (_MODELING, "ImageGPTLayerNorm"),
+    "mlp": (_ACTIVATIONS, "QuickGELUActivation"),
+    "model": (_MODELING, "ImageGPTModel"),
+}
+_METHODS: Mapping[str, Mapping[str, classes.Method]] = {
+    "attention": {"forward": _attention, "_attn": _weighted, "_upcast_and_reordered_attn": _weighted},
+    "norm": {"forward": _norm},
+    "mlp": {"forward": _activation},
+    "model": {"forward": _model},
+}

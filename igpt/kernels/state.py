@@ -2,8 +2,8 @@
 
 A module asks `active(module, op)` in its forward: the answer is None (plain PyTorch) or a backend's name for the kernel
 library. Nothing is patched: settings are plain attributes and module-level dictionaries, which torch.compile guards. So a
-compiled model follows a swap (measured on torch 2.11 and 2.13; patched methods and classes do not). Modules of Hugging Face's
-ImageGPT do not ask; `igpt.kernels.huggingface` gives each an instance `forward` that does.
+compiled model follows a swap (patched methods do not: torch 2.11 and 2.13). Modules of Hugging Face's ImageGPT do not ask;
+`igpt.kernels.classes` gives each a class that does.
 
 Settings belong to a model or to the process, never to a thread: autograd runs backward on threads of its own.
 """
@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,23 +33,31 @@ _lock = threading.RLock()
 _calls: Counter[tuple[str, str]] = Counter()
 _compiled: Counter[str] = Counter()
 _refused: Counter[tuple[str, str, str]] = Counter()
+_warned: set[tuple[str, str, str]] = set()
+"""What has been warned of: of a swap once, of graphs of torch.compile once since the newest swap."""
 
 
 class Swappable:
     """Has settings of its own, once `prepare` was called. Copies and pickles do not take them along."""
 
     kernels: Settings | None
+    kernels_ran: Settings | None
+    kernels_awaited: bool
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "kernels"} | {"kernels": None}
+        inherited = getattr(super(), "__getstate__", None)  # a module's leaves out what `module.compile()` made
+        attributes: dict[str, Any] = vars(self) if inherited is None else inherited()
+        return attributes | {"kernels": None, "kernels_ran": None, "kernels_awaited": False}
 
 
-def prepare(owner: Swappable) -> None:
-    """Give an object the attribute that `settings_of` reads.
+def prepare(owner: Any) -> None:
+    """Give an object the attributes that `settings_of` and `running` read.
 
     On the instance from the start: torch 2.11 does not notice one that comes to hide a default of the class.
     """
     owner.kernels = None
+    owner.kernels_ran = None
+    owner.kernels_awaited = False
 
 
 def settings_of(owner: Any) -> Settings:
@@ -58,9 +66,49 @@ def settings_of(owner: Any) -> Settings:
     return _process["settings"] if own is None else own
 
 
+def running(owner: Any, settings: Settings) -> Settings:
+    """The settings of a call: `settings`, or inside of a backward pass those of the owner's last forward pass.
+
+    Gradient checkpointing computes a forward pass again there. It must save the same tensors, also where a region has begun or
+    ended in between, or something was evaluated. Graphs of torch.compile do that by themselves.
+    """
+    if torch.compiler.is_compiling():
+        return settings
+    attributes = vars(owner)
+    if in_backward():
+        return attributes.get("kernels_ran") or PLAIN
+    if _may_run_again(attributes.get("training", False)):
+        attributes["kernels_awaited"] = True
+    elif is_evaluation(owner):
+        return settings
+    if attributes.get("kernels_ran") is not settings:
+        attributes["kernels_ran"] = settings
+    return settings
+
+
+def is_evaluation(owner: Any) -> bool:
+    """Whether a call is none of those whose backward pass may compute it again, while one of the owner's may come."""
+    return not torch.is_grad_enabled() and vars(owner).get("kernels_awaited", False) and not vars(owner).get("training", False)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _may_run_again(training: bool) -> bool:
+    """Whether a backward pass may compute this forward pass again, as gradient checkpointing does.
+
+    It saves tensors by hooks, or (reentrant) runs what is in training without gradients.
+    """
+    if not torch.is_grad_enabled():
+        return training
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def active(owner: Any, op: str) -> str | None:
     """The backend that a module runs `op` with, or None for plain PyTorch; counted, because the module now calls it."""
-    settings = settings_of(owner)
+    settings = running(owner, settings_of(owner))
     backend = settings[op]
     if backend is not None:
         count(settings, op)
@@ -92,11 +140,22 @@ def refuse(settings: Settings, op: str, reason: str) -> None:
     if settings["strict"] is not None:
         raise KernelRefused(f"use_kernels(strict=True): {op} cannot run this call by {settings[op]}: {reason}")
     if torch.compiler.is_compiling():
-        return
-    key = (str(settings["swap_id"]), op, reason)
-    _refused[key] += 1
-    if _refused[key] == 1:
-        warnings.warn(f"{op} runs as plain PyTorch: {reason}", RuntimeWarning, stacklevel=4)
+        _note_in_graph(op, reason)  # not the swap's number: a graph that depends on it would be made again by each swap
+    else:
+        _note(str(settings["swap_id"]), op, reason)
+
+
+def _note(swap_id: str, op: str, reason: str) -> None:
+    _refused[swap_id, op, reason] += 1
+    if (swap_id, op, reason) not in _warned:
+        _warned.add((swap_id, op, reason))
+        warnings.warn(f"{op} runs as plain PyTorch: {reason}", RuntimeWarning, stacklevel=5)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # called once, when the graph is made
+def _note_in_graph(op: str, reason: str) -> int:
+    _note("", op, reason)
+    return 0
 
 
 def calls(settings: Settings, op: str) -> int:
@@ -109,15 +168,16 @@ def compiled_in(op: str) -> int:
     return _compiled[op]
 
 
-def refusals(settings: Settings, op: str) -> Mapping[str, int]:
-    """Calls of `op` that went the plain way under these settings, by reason."""
-    swap_id = str(settings["swap_id"])
-    return {reason: number for (key, name, reason), number in _refused.items() if (key, name) == (swap_id, op)}
+def refusals(settings: Settings | None, op: str) -> Counter[str]:
+    """Calls of `op` that went the plain way under these settings, by reason; with None, places in graphs of torch.compile."""
+    swap_id = "" if settings is None else str(settings["swap_id"])
+    return Counter({reason: number for (key, name, reason), number in _refused.items() if (key, name) == (swap_id, op)})
 
 
 def put(settings: Settings, owners: Sequence[Any] | None) -> None:
     """Make `settings` the newest of the modules, or of the process when None."""
     with _lock:
+        _warned.difference_update([key for key in _warned if not key[0]])
         if owners is None:
             _defaults.append(settings)
             _process["settings"] = settings
@@ -130,16 +190,20 @@ def take(settings: Settings, owners: Sequence[Any] | None) -> None:
     """Take `settings` off, whichever came after them: the newest that still stands counts."""
     with _lock:
         if owners is None:
-            _remove(_defaults, settings)
+            _defaults[:] = _without(_defaults, settings)
             _process["settings"] = _defaults[-1]
         for owner in owners or ():
-            stack = _own[owner]
-            _remove(stack, settings)
+            stack = _own[owner] = _without(_own.get(owner, []), settings)
             owner.kernels = stack[-1] if stack else None
             if not stack:
                 del _own[owner]
 
 
-def _remove(stack: list[Settings], settings: Settings) -> None:
-    """Remove the entry that is `settings` itself; equal ones are other swaps."""
-    del stack[next(index for index, entry in enumerate(stack) if entry is settings)]
+def stands(owner: Any) -> bool:
+    """Whether an owner has settings of its own that were not taken off."""
+    return owner in _own
+
+
+def _without(stack: list[Settings], settings: Settings) -> list[Settings]:
+    """The entries but `settings` itself; equal ones are other swaps."""
+    return [entry for entry in stack if entry is not settings]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +16,7 @@ from torch import nn
 
 from igpt.console import aligned_table
 from igpt.errors import ConfigError
-from igpt.kernels import huggingface, state
+from igpt.kernels import classes, huggingface, state
 from igpt_kernels import backends
 
 Request = str | bool
@@ -51,7 +52,7 @@ class KernelReport:
     Attributes:
         rows: one for each operation.
         model: the model it was called with, or None for the process default.
-        freed_bytes: memory of Hugging Face's causal masks that is free while the swap stands.
+        freed_bytes: memory of Hugging Face's causal masks that is free while the swap stands: the layers share one.
     """
 
     rows: tuple[Row, ...]
@@ -59,8 +60,9 @@ class KernelReport:
     freed_bytes: int
     _settings: state.Settings
     _owners: Sequence[Any] | None
-    _installed: Mapping[nn.Module, str]
+    _installed: Sequence[nn.Module]
     _compiled_before: Mapping[str, int]
+    _refused_before: Mapping[str, Counter[str]]
     _stands: bool = True
     _entered: bool = False
 
@@ -73,18 +75,19 @@ class KernelReport:
         return state.compiled_in(op) - self._compiled_before[op]
 
     def refused(self, op: str) -> Mapping[str, int]:
-        """Calls of `op` that went the plain way since the swap, by reason."""
-        return state.refusals(self._settings, op)
+        """Calls of `op` that went the plain way since the swap, by reason; of a graph of torch.compile each place once."""
+        return state.refusals(self._settings, op) + (state.refusals(None, op) - self._refused_before[op])
 
     def restore(self) -> None:
         """Take exactly this swap's settings off. Swaps may be restored in any order; a second call does nothing."""
-        if not self._stands:
-            return
-        self._stands = False
-        state.take(self._settings, self._owners)
         with _lock:
-            for module, op in self._installed.items():
-                huggingface.uninstall(module, op)
+            if not self._stands:
+                return
+            self._stands = False
+            state.take(self._settings, self._owners)
+            for module in self._installed:
+                if not state.stands(module):
+                    huggingface.uninstall(module)
 
     def __enter__(self) -> KernelReport:
         if self._entered or not self._stands:
@@ -144,25 +147,28 @@ def _facts(model: nn.Module | None, modules: Mapping[Any, str]) -> _Facts:
             sizes["norm"] = module.weight.numel()
         elif op == "loss":
             sizes["loss"] = module.config.vocab_size
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    # A replica of DataParallel has no parameters; a quantized model may have none that are floating point.
+    weights = itertools.chain(model.parameters(), (getattr(module, "weight", None) for module in modules), model.buffers())
+    weight = next((each for each in weights if isinstance(each, torch.Tensor) and each.is_floating_point()), torch.empty(0))
     return _Facts(weight.device, weight.dtype, sizes)
 
 
 def _choose(op: str, request: Request, facts: _Facts) -> tuple[str | None, str, str]:
     """The setting for a request, what it comes to, and why that is not what was asked or the best."""
-    if request is False or request == "off":
-        return None, "plain", "switched off"
     table = facts.explain(op)
-    if request is True or request == "auto":
+    names = [name for name, _ in table]
+    if not isinstance(request, (str, bool)) or str(request) not in ("True", "False", "auto", "off", *names):
+        raise ConfigError(f"{op} must be auto, off, {', '.join(names)}; got {request!r}")
+    if request in (False, "off"):
+        return None, "plain", "switched off"
+    if request in (True, "auto"):
         chosen = backends.choose("auto", table, op)
         return (
             "auto",
             chosen,
-            "; ".join(f"{name}: {', '.join(why)}" for name, why in table[: [n for n, _ in table].index(chosen)]),
+            "; ".join(f"{name}: {', '.join(why)}" for name, why in table[: names.index(chosen)]),
         )
-    reasons = dict(table).get(str(request))
-    if reasons is None:
-        raise ConfigError(f"{op} must be auto, off, {', '.join(name for name, _ in table)}; got {request!r}")
+    reasons = dict(table)[str(request)]
     return (None, "plain", f"{request} cannot run: {', '.join(reasons)}") if reasons else (str(request), str(request), "")
 
 
@@ -202,7 +208,7 @@ def use_kernels(
     per-model setting overrides the process default; among equals the newest that stands wins.
 
     Settings belong to the model or to the process, not to a thread: autograd runs backward on threads of its own. Threads that
-    want different settings use different models. Copies and pickles of an igpt model do not take its settings along.
+    want different settings use different models. Copies and pickles of a model do not take its settings along.
 
     A call that a kernel cannot serve goes the original way (``output_attentions``, padding, cross attention, dropout on the
     weights); the report counts it with its reason, and a warning says it once.
@@ -220,9 +226,9 @@ def use_kernels(
             11.31 and 9 for 9.80; by default that is corrected.
 
     Returns:
-        A report: print it, `restore()` it, or use it as a context manager. `state_dict` is untouched; a Hugging Face model
-        gives up its causal masks (n_positions² bytes a layer) while the swap stands. Set and restore such swaps while no
-        other thread runs the model.
+        A report: print it, `restore()` it, or use it as a context manager. `state_dict` is untouched. The layers of a
+        Hugging Face model share one causal mask (n_positions² bytes) while the swap stands. Set and restore such swaps while
+        no other thread runs the model.
 
     Raises:
         ConfigError: a value that is not a backend's name; `match_hf_scale` without such a model; or, when strict, a request
@@ -230,9 +236,9 @@ def use_kernels(
         TypeError: `model` has no Image GPT in it.
     """
     requests: dict[str, Request] = {"attention": attention, "norm": norm, "mlp": mlp, "loss": loss, "palette": palette}
-    for op, request in requests.items():
-        if not isinstance(request, (str, bool)):
-            raise ConfigError(f"{op} must be 'auto', 'off' or a backend's name, got {request!r}")
+    for name, value in {"strict": strict, "match_hf_scale": match_hf_scale}.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
     ours: dict[Any, str] = {}
     theirs: dict[nn.Module, str] = {}
     if model is not None:
@@ -246,7 +252,7 @@ def use_kernels(
     if match_hf_scale and not theirs:
         raise ConfigError("match_hf_scale is for models of transformers; model has no such attention in it")
     kept = {module: huggingface.unsupported_reason(module, op) for module, op in theirs.items()}
-    facts = _facts(model, ours | theirs)
+    facts = _facts(model, {module: op for module, op in (ours | theirs).items() if not kept.get(module)})
 
     settings = dict(state.PLAIN, swap_id=str(next(_swap_ids)), scale="ported" if match_hf_scale else None)
     settings["strict"] = "yes" if strict else None
@@ -254,21 +260,20 @@ def use_kernels(
     for op in state.OPS:
         able = [module for module, kind in (ours | theirs).items() if kind == op and not kept.get(module)]
         backend, runs, reason = _choose(op, requests[op], facts)
-        told = [reason] if reason else []
         asked = requests[op] not in ("off", False)
-        if backend is None and asked:
-            unmet.append(f"{op}: {reason}")
-        if op == "loss" and theirs and asked:
-            told = []
+        told = [reason] if reason and not (op == "loss" and theirs and asked) else []
+        missed = asked and backend is None
         if asked and theirs and op != "palette":
-            told += [text for text in (_port_reason(op, facts, match_hf_scale),) if text]
-            told += sorted({kept[module] for module, kind in theirs.items() if kind == op and kept[module]})
+            left = sorted({kept[module] for module, kind in theirs.items() if huggingface.setting_name(kind) == op} - {""})
+            told += [text for text in (_port_reason(op, facts, match_hf_scale),) if text] + left
+            missed = missed or bool(left)
         if model is not None and not able:
             backend, runs = None, "plain"
             if op == "palette" and not told:
                 told = ["the model has no palette of igpt"]
-            if asked and requests[op] not in ("auto", True):
-                unmet.append(f"{op}: {'; '.join(told)}")
+            missed = missed or (asked and requests[op] not in ("auto", True))
+        if missed:
+            unmet.append(f"{op}: {'; '.join(told)}")
         settings[op] = backend
         rows.append(Row(op, None if model is None else len(able), str(requests[op]), runs, "; ".join(told)))
     if strict and unmet:
@@ -279,23 +284,23 @@ def use_kernels(
         wanted = {
             module: op
             for module, op in theirs.items()
-            if settings[huggingface.setting_name(op)] is not None or huggingface.installed(module)
+            if settings[huggingface.setting_name(op)] is not None or classes.installed(module)
         }
         installed = {module: op for module, op in wanted.items() if not kept[module]}
         for module, op in installed.items():
             huggingface.install(module, op)
-        huggingface.share_call_state(installed)
         freed = 0
         if settings["attention"] is not None:
-            freed = sum(huggingface.free_mask(module) for module, op in installed.items() if op == "attention")
-    owners = None if model is None else [*ours, *installed]
-    state.put(settings, owners)
+            freed = huggingface.share_masks(module for module, op in installed.items() if op == "attention")
+        owners = None if model is None else [*ours, *installed]
+        state.put(settings, owners)
     return KernelReport(
         rows=tuple(rows),
         model=model,
         freed_bytes=freed,
         _settings=settings,
         _owners=owners,
-        _installed=installed,
+        _installed=list(installed),
         _compiled_before={op: state.compiled_in(op) for op in state.OPS},
+        _refused_before={op: state.refusals(None, op) for op in state.OPS},
     )

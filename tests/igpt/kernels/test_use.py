@@ -122,6 +122,36 @@ def test_checkpointing_and_backward_on_another_thread(model: ImageGPT, whole_pro
 
 
 @pytest.mark.parametrize("whole_process", [True, False])
+@pytest.mark.parametrize("region", ["forward", "backward", "inner"])
+def test_checkpointing_across_the_end_of_a_region(model: ImageGPT, whole_process: bool, region: str) -> None:
+    block, x = model.blocks[0], torch.randn(2, 16, 32, requires_grad=True)
+    wanted = torch.autograd.grad(block(x).square().sum(), x)
+    target = None if whole_process else model
+
+    def forward() -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).square().sum()  # type: ignore[no-any-return]
+
+    if region == "forward":
+        with igpt.use_kernels(target) as report:
+            out = forward()
+        with torch.no_grad():
+            block(x)
+        out.backward()
+    elif region == "backward":
+        out = forward()
+        with igpt.use_kernels(target) as report:
+            out.backward()
+    else:
+        with igpt.use_kernels(target, attention="reference"):
+            with igpt.use_kernels(target) as report:
+                out = forward()
+            out.backward()
+    assert report.calls("attention") == (0 if region == "backward" else 2)
+    torch.testing.assert_close(x.grad, wanted[0], atol=1e-5, rtol=1e-4)
+    assert backend(model) is None
+
+
+@pytest.mark.parametrize("whole_process", [True, False])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_regions_end_in_any_order(model: ImageGPT, order: tuple[int, ...], whole_process: bool) -> None:
     """As tasks of asyncio and generators that are closed late do: the newest that stands counts, and nothing stays on."""
@@ -234,6 +264,19 @@ def test_copies_and_pickles_carry_no_setting(model: ImageGPT) -> None:
                 assert (backend(same), backend(model)) == ("reference", "torch")
             assert backend(same) is None
     assert backend(model) is None
+
+
+@pytest.mark.parametrize("kind", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_of_a_model_compiled_in_place(model: ImageGPT, tokens: torch.Tensor, kind: Any) -> None:
+    model.compile(backend="eager")
+    with igpt.use_kernels(model):
+        twin = kind(model)
+        assert "_compiled_call_impl" not in vars(twin)
+    twin.head = torch.nn.Linear(32, 16, bias=False)
+    with torch.no_grad():
+        twin.head.weight.zero_()
+    assert not twin(tokens).logits.any()
+    assert model(tokens).logits.any()
 
 
 def test_the_palette_is_looked_up_as_asked() -> None:
