@@ -1,10 +1,35 @@
-"""The terminal: lines and progress bars on stderr, and columns as aligned text."""
+"""The terminal: lines on stdout and stderr, progress bars, and columns as aligned text."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may have it: what it would obey or hide is spelled out (``\\x1b``), line breaks stay.
+
+    Names of files can hold anything: sequences that clear the screen, letters that turn the line around, broken encodings.
+    """
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
+def say(text: str) -> None:
+    """Print the result of a command on stdout, above the bars."""
+    from tqdm import tqdm
+
+    tqdm.write(printable(text))
+
+
+def one_line(text: str) -> str:
+    """`printable`, with line breaks spelled out too."""
+    return printable(text).replace("\n", "\\n")
+
+
+def gibibytes(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
 
 
 class Console:
@@ -22,7 +47,7 @@ class Console:
         if self.wanted:
             from tqdm import tqdm
 
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     @property
     def is_interactive(self) -> bool:
@@ -37,7 +62,7 @@ class Console:
         return tqdm(
             total=total,
             initial=initial,
-            desc=what,
+            desc=one_line(what),
             unit=unit,
             unit_scale=unit_scale,
             file=sys.stderr,

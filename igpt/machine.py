@@ -6,12 +6,15 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from igpt.console import gibibytes
 from igpt.errors import ConfigError
+from igpt_kernels.memory import free_memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,3 +80,77 @@ def versions() -> dict[str, str]:
     from igpt import __version__
 
     return {"igpt": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+_SHARE = 0.9
+"""Of free memory: the system needs some, and what is freed comes back in pieces."""
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on `device`, less a tenth; None where that cannot be told.
+
+    On the CPU it is the least of three: what the system has, what control groups allow (containers), the process's own limit.
+    """
+    free = free_memory(device)
+    if device.type == "cuda":
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return None if free is None else int(_SHARE * (free + own))
+    found = [free, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")), _left_of_limit()]
+    known = [int(_SHARE * each) for each in found if each is not None]
+    return min(known, default=None)
+
+
+def check_memory(what: str, size: int, device: torch.device, advice: str) -> None:
+    """Refuse work that takes more bytes than are free, before the system kills the process for it.
+
+    Raises:
+        ConfigError: with both numbers and the advice.
+    """
+    free = available_memory(device)
+    if free is not None and size > free:
+        raise ConfigError(f"{what} takes about {gibibytes(size)}, {gibibytes(free)} are free on {device}: {advice}")
+
+
+def _left_in_groups(root: Path, own: Path) -> list[int]:
+    """What the control groups of this process leave, version 2 or 1; pages of files that can be dropped count as free."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" and not controllers:
+                base, names = root, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            group = base / path.strip("/")
+            # In a container the path can be one of the host, which is not to be seen here: the root is the container's own.
+            for folder in dict.fromkeys([group, *(each for each in group.parents if base in (each, *each.parents)), base]):
+                left = _left_in_group(folder, *names)
+                found += [] if left is None else [left]
+    return found
+
+
+def _left_in_group(folder: Path, limit: str, used: str, files: str) -> int | None:
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max":
+            return None
+        cached = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines()).get(files, "0")
+        return max(int(most) - int((folder / used).read_text()) + int(cached), 0)
+    except (OSError, ValueError):
+        return None
+
+
+def _left_of_limit() -> int | None:
+    """What `ulimit -v` leaves."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return max(limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize(), 0)
+    return None

@@ -16,7 +16,7 @@ from igpt.model.image_gpt import ImageGPT
 from igpt.training import loop
 from igpt.training.checkpoint import latest_checkpoint
 from igpt.training.options import PretrainOptions
-from igpt.training.run_folder import TIME_FIELDS
+from igpt.training.run_folder import TIME_FIELDS, Place
 from igpt.training.signals import Signals
 
 PALETTE = [[-1, -1, -1], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
@@ -54,4 +54,4 @@ def weights(run: Path) -> dict[str, Tensor]:
 def trainer(options: PretrainOptions) -> Any:
     options.out.mkdir()
     torch.manual_seed(options.seed)
-    return loop.Trainer(options, torch.device("cpu"), Signals(), Console(False), begun=False)
+    return loop.Trainer(options, torch.device("cpu"), Signals(), Console(False), Place(options.out), begun=False)

@@ -63,7 +63,7 @@ def run_complete(options: CompleteOptions) -> Path:
     import torch
 
     from igpt.commands import pictures
-    from igpt.commands.inputs import images_to_complete, open_model
+    from igpt.commands.inputs import check_drawing, images_to_complete, open_model
     from igpt.generation.sample import complete, keep_mask
     from igpt.plots import grids
 
@@ -78,6 +78,8 @@ def run_complete(options: CompleteOptions) -> Path:
         keep = np.array(open_npy(Path(options.keep), ndim=2, kinds="b"))
     mask = keep_mask(keep, *shape).reshape(shape)
     given = images_to_complete(options, model)
+    grids.check_scale(options.scale, len(given) * (2 + options.n), *shape, columns=2 + options.n)
+    check_drawing(model, len(given) * options.n, options.batch_size)
     began = time.perf_counter()
     tokens = complete(
         model,

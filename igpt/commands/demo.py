@@ -19,7 +19,9 @@ from igpt.commands import info
 from igpt.commands.complete import CompleteOptions
 from igpt.commands.probe import ProbeOptions
 from igpt.commands.sample import SampleOptions
+from igpt.console import say
 from igpt.errors import ConfigError, import_extra
+from igpt.files import make_folder, replacing, write_text
 from igpt.plots.page import Section, page
 from igpt.training.options import PretrainOptions
 from igpt.training.run_folder import RunLock
@@ -55,8 +57,6 @@ def run_demo(options: DemoOptions) -> Path:
         CheckpointError: another demo trains in `out`.
         MissingExtra: scikit-learn or matplotlib is not installed.
     """
-    from tqdm import tqdm
-
     import_extra("sklearn", "eval")
     import_extra("matplotlib", "eval")
     began = time.perf_counter()
@@ -70,28 +70,29 @@ def run_demo(options: DemoOptions) -> Path:
         ("probe", _probe),
         ("attention", _attention),
     ):
-        tqdm.write(f"\n== {title}")
+        say(f"\n== {title}")
         section, claim = part(out, options)
         sections.append(section)
         headline.append(claim)
     report = out / "report.html"
     seconds = time.perf_counter() - began
-    report.write_text(page("Image GPT, trained a moment ago", sections, headline, seconds, info.collect()), encoding="utf-8")
-    tqdm.write("\n" + "\n".join(headline) + f"\n{seconds:.0f} s in all; open {report}")
+    write_text(report, page("Image GPT, trained a moment ago", sections, headline, seconds, info.collect()))
+    say("\n" + "\n".join(headline) + f"\n{seconds:.0f} s in all; open {report}")
     return report
 
 
 def _prepare(options: DemoOptions) -> Path:
-    from igpt.commands.pictures import check_folder
+    from igpt.commands.pictures import check_file, check_folder
 
     out = options.out
     check_folder(out)
+    check_file(out / "report.html")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise ConfigError(f"out: {out} holds files that no demo wrote; name an empty or new folder")
     if options.fresh and (out / "run").exists():
         with RunLock(out / "run"):  # refuses where another demo trains
             shutil.rmtree(out / "run")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / MARKER).touch()
     return out
 
@@ -107,7 +108,8 @@ def _palette(out: Path, options: DemoOptions) -> tuple[Section, str]:
     error = palette.error(photo)
     palette.save(out / "palette")
     picture = out / "photo.png"
-    before_after(photo, palette).save(picture)
+    with replacing(picture) as part:
+        before_after(photo, palette).save(part, format="PNG")
     start = time.perf_counter()
     palette.encode(photo)
     rate = photo.shape[0] * photo.shape[1] / (time.perf_counter() - start) / 1e6
@@ -149,7 +151,8 @@ def _pretrain(out: Path, options: DemoOptions) -> tuple[Section, str]:
         raise SystemExit(128 + result.stopped_by)
     seconds = time.perf_counter() - start
     curve = out / "loss.png"
-    plot_loss(out / "run" / "metrics.jsonl", curve)
+    with replacing(curve) as part:
+        plot_loss(out / "run" / "metrics.jsonl", part)
     ours, baseline = _bits(result)
     text = (
         f"{result.parameters:,} parameters, {result.step} steps on nine tenths of 1,797 real 8×8 digits, in {seconds:.0f} s. "

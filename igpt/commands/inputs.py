@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT
 
 Array = npt.NDArray[Any]
-CHUNK = 512  # images read at once: 100 MB at 256 x 256
+CHUNK, PIXELS = 512, 1 << 25
+"""Images, and pixels, that are read at once, at most: 100 MB."""
 
 
 def open_model(source: str, device: str, kernels: str) -> ImageGPT:
@@ -43,6 +44,38 @@ def open_model(source: str, device: str, kernels: str) -> ImageGPT:
     if kernels == "auto":
         use_kernels(model)
     return model
+
+
+def check_drawing(model: ImageGPT, images: int, batch_size: int) -> None:
+    """Refuse to draw so many images that the system would kill the process for it.
+
+    Raises:
+        ConfigError: with what is needed and what is free.
+    """
+    from igpt.machine import check_memory
+    from igpt.training import memory
+
+    need = memory.drawing(model.config, images=images, at_once=batch_size).on_device(model.device.type == "cuda")
+    advice = "fewer images (--n), or fewer at once (--batch-size)"
+    check_memory(f"drawing {images:,} images, {min(images, batch_size):,} at once,", need, model.device, advice)
+
+
+def check_features(options: ProbeOptions, model: ImageGPT, images: int) -> None:
+    """Refuse a probe for which the system would kill the process.
+
+    Raises:
+        ConfigError: with what is needed and what is free.
+    """
+    from igpt.evaluation.features import VOTES
+    from igpt.machine import check_memory
+    from igpt.training import memory
+
+    sets = (1 + options.raw + options.untrained) * (VOTES if model.config.objective == "bert" else 1)
+    at_once, kernels = options.batch_size, options.kernels == "auto"
+    need = memory.features(model.config, images=images, at_once=at_once, sets=sets, kernels=kernels)
+    advice = "fewer images (--max-images), or fewer at once (--batch-size)"
+    what = f"a probe of {images:,} images, {min(images, at_once):,} at once,"
+    check_memory(what, need.on_device(model.device.type == "cuda"), model.device, advice)
 
 
 def images_to_complete(options: CompleteOptions, model: ImageGPT) -> Array:
@@ -83,6 +116,7 @@ def images_to_probe(options: ProbeOptions, model: ImageGPT) -> tuple[tuple[Array
                     f"{options.source} has no labels; a probe needs them (folder:DIR takes its sub-folders as classes)"
                 )
             count = len(source) if options.max_images is None else min(len(source), max(1, round(part * options.max_images)))
+            check_features(options, model, count)
             chosen = np.sort(order(len(source), options.seed, 0, count))
             inputs, used = _read(source, chosen)
             _, first = np.unique(used, return_index=True)
@@ -115,7 +149,8 @@ def _read(source: Source, chosen: npt.NDArray[np.int64]) -> tuple[Array, npt.NDA
 
     if source.kind == "tokens":
         return source.tokens(chosen), chosen
-    parts = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
+    size = max(1, min(CHUNK, PIXELS // (source.height * source.width)))
+    parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     batches = [
         source.read(part) for part in tqdm(parts, desc="reading", leave=False, disable=True if len(parts) == 1 else None)
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt.checks import Options, Side
+from igpt.console import say
 from igpt.errors import ConfigError
 
 
@@ -33,8 +34,6 @@ class LayoutsOptions(Options):
 
 def run_layouts(options: LayoutsOptions) -> None:
     """The command `igpt layouts`: draw a pattern, print its numbers."""
-    from tqdm import tqdm
-
     from igpt.commands.pictures import check_picture
     from igpt.files import replacing
     from igpt.plots.patterns import LARGEST_REACH, plot_layout, reach
@@ -52,19 +51,17 @@ def run_layouts(options: LayoutsOptions) -> None:
     check_picture(options.out)
     with replacing(options.out) as temporary:
         plot_layout(layout, query, temporary)
-    tqdm.write(
-        f"{layout}: {layout.tokens:,} tokens, {layout.pairs:,} visible pairs, {layout.pairs / layout.tokens:.1f} a pixel"
-    )
-    tqdm.write(f"density       {layout.density:.4f} of dense causal attention: the work that is useful")
-    tqdm.write(f"tile density  {layout.tile_density:.4f}: the work that is done")
+    say(f"{layout}: {layout.tokens:,} tokens, {layout.pairs:,} visible pairs, {layout.pairs / layout.tokens:.1f} a pixel")
+    say(f"density       {layout.density:.4f} of dense causal attention: the work that is useful")
+    say(f"tile density  {layout.tile_density:.4f}: the work that is done")
     for lists in layout.block_lists():
         full = int((lists.q_masks == FULL).sum())
         size = f"{lists.q_tile[0]} x {lists.q_tile[1]} and {lists.k_tile[0]} x {lists.k_tile[1]} pixels"
-        tqdm.write(f"blocks        {lists.blocks:,} of {size}, {full:,} full, {len(lists.masks)} masks")
+        say(f"blocks        {lists.blocks:,} of {size}, {full:,} full, {len(lists.masks)} masks")
     if options.causal and layout.tokens <= LARGEST_REACH:
         share = f"{100 * reach(layout, above):.1f} % of all earlier pixels"
-        tqdm.write(f"two layers    {layout.pattern.spec}, then {above.pattern.spec}: {share}")
-    tqdm.write(f"picture       {options.out}")
+        say(f"two layers    {layout.pattern.spec}, then {above.pattern.spec}: {share}")
+    say(f"picture       {options.out}")
 
 
 def _query(pixel: str, height: int, width: int) -> int:

@@ -8,8 +8,12 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
+import warnings
 from dataclasses import dataclass
+from types import FrameType, TracebackType
 from typing import Annotated, Any, Union
 
 import tyro
@@ -24,11 +28,15 @@ from igpt.commands.palette import PaletteOptions
 from igpt.commands.probe import ProbeOptions
 from igpt.commands.sample import SampleOptions
 from igpt.commands.tokenize import TokenizeOptions
+from igpt.console import one_line
 from igpt.data.sources import help_text
 from igpt.errors import ConfigError, IgptError
-from igpt.files import describe
+from igpt.files import describe, reason
 from igpt.training.options import PretrainOptions
 from igpt_kernels.layouts import FORMS
+
+DEBUG = "IGPT_DEBUG"
+"""An environment variable: where it is set, an error keeps its traceback."""
 
 
 @dataclass(frozen=True)
@@ -132,36 +140,104 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return refused or "can't allocate memory" in str(error)
 
 
+class _Interrupts:
+    """Context manager: SIGINT raises `KeyboardInterrupt`, and is remembered.
+
+    An import of compiled modules (torch, numpy) can turn that exception into another one.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._ours = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Interrupts:
+        self._ours = self._ours and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        if self._ours:
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+def _complaint(error: BaseException, *, interrupted: bool) -> tuple[str, int]:
+    """What to say about an error, and the exit code: 130 interrupted, 2 what a user can mend, 1 a fault of this program."""
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, IgptError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*named, reason(error) or describe(error)]), 2
+    if _is_out_of_memory(error):
+        return f"out of memory: {describe(error)}; smaller sizes or batches take less", 2
+    return f"a fault of igpt: {describe(error)}; {DEBUG}=1 shows where", 1
+
+
+def _prepare_streams() -> None:
+    """Output that always works: letters that the encoding lacks are spelled out; a closed stream takes what comes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _silence_stdout() -> None:
+    """What is left to be written cannot be; the flush at exit would say so once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    return f"igpt: warning: {one_line(str(message))}\n"
+
+
+def _run(arguments: list[str]) -> int:
+    """Parse and run a command; its exit code."""
+    if arguments == ["--version"]:
+        print(f"igpt {__version__}")
+        return 0
+    command, options = _parse(arguments)
+    module = importlib.import_module(f"igpt.commands.{command}")
+    result = getattr(module, f"run_{command}")(options)
+    return result if isinstance(result, int) else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after printing one line about a user's mistake or too little memory."""
+    """Run one command. Returns 0, or after one line on stderr 2 (a user's mistake, too little memory), 130 or 1 (a fault)."""
     # GNU OpenMP reads this when torch is loaded. By default its threads spin for long while they wait for one another: on 2
     # cores beside one other busy process a training step of the demo then takes 1.2 to 2.3 s. Asleep at once ("passive") it
     # takes 0.2 s there, but 0.18 s instead of 0.11 s on an idle machine; after a short spin 0.14 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     given = sys.argv[1:] if arguments is None else arguments
-    if given == ["--version"]:
-        print(f"igpt {__version__}")
-        return 0
+    _prepare_streams()
+    before, warnings.formatwarning = warnings.formatwarning, _format_warning
+    interrupts = _Interrupts()
     try:
-        command, options = _parse(given)
-        module = importlib.import_module(f"igpt.commands.{command}")
-        result = getattr(module, f"run_{command}")(options)
-        return result if isinstance(result, int) else 0
-    except BrokenPipeError:
-        # The reader (head, less) closed the pipe; silence the flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with interrupts:
+            result = _run(given)
+            sys.stdout.flush()
+        return result
+    except BrokenPipeError:  # the reader (head, less) closed the pipe
+        _silence_stdout()
         return 0
-    except (IgptError, OSError) as error:
-        print(f"igpt: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get(DEBUG) and not isinstance(error, IgptError):
             raise
-        print(f"igpt: out of memory: {describe(error)}; smaller sizes or batches take less", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("igpt: interrupted", file=sys.stderr)
-        return 130
+        text, code = _complaint(error, interrupted=interrupts.seen)
+        if isinstance(error, OSError):
+            _silence_stdout()
+        print(f"igpt: {one_line(text)}", file=sys.stderr)
+        return code
+    finally:
+        warnings.formatwarning = before
 
 
 if __name__ == "__main__":

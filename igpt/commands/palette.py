@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from igpt.checks import Between, Count, Natural, Options
+from igpt.checks import Between, Count, Natural, Options, Side
+from igpt.console import say
 from igpt.errors import ConfigError
 from igpt.training.options import BadImages
 
@@ -26,9 +27,9 @@ class PaletteOptions(Options):
     """Colours."""
     uniform: bool = False
     """Evenly spaced colours instead of k-means."""
-    height: Count | None = None
+    height: Side | None = None
     """Rows to resize images to; the source's own size when left out."""
-    width: Count | None = None
+    width: Side | None = None
     """Columns to resize images to."""
     max_pixels: Count = 2_000_000
     """Pixels drawn at random for k-means; all are used when there are fewer."""
@@ -45,9 +46,7 @@ class PaletteOptions(Options):
 
 def run_palette(options: PaletteOptions) -> Palette:
     """The command `igpt palette`: learn or lay out a palette, write it and palette.png, print how much it loses."""
-    from tqdm import tqdm
-
-    from igpt.commands.pictures import check_folder
+    from igpt.commands.pictures import check_file, check_folder
     from igpt.data.open import open_source
     from igpt.data.palettes import sample_pixels
     from igpt.files import replacing
@@ -55,6 +54,8 @@ def run_palette(options: PaletteOptions) -> Palette:
     from igpt.plots.grids import palette_picture
 
     check_folder(options.out)
+    for name in ("preprocessor_config.json", "palette.png"):
+        check_file(options.out / name)
     pixels = None
     size: tuple[int | None, int | None] = (options.height, options.width)
     if options.source:
@@ -64,7 +65,7 @@ def run_palette(options: PaletteOptions) -> Palette:
             pixels = sample_pixels(source, options.max_pixels, options.seed)
             size = (source.height, source.width)
             if source.skipped:
-                tqdm.write(f"{options.source}: {source.skipped} damaged picture(s) skipped")
+                say(f"{options.source}: {source.skipped} damaged picture(s) skipped")
     if options.uniform or pixels is None:
         palette, origin = Palette.uniform(options.k), "evenly spaced"
     else:
@@ -74,5 +75,5 @@ def run_palette(options: PaletteOptions) -> Palette:
     with replacing(options.out / "palette.png") as temporary:
         palette_picture(palette).save(temporary, format="PNG")
     loss = "" if pixels is None else f"; on {len(pixels):,} of its pixels: {palette.error(pixels)}"
-    tqdm.write(f"{options.out}: {palette.size} colours, {origin}{loss}")
+    say(f"{options.out}: {palette.size} colours, {origin}{loss}")
     return palette

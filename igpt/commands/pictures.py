@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from igpt.errors import ConfigError
-from igpt.files import replacing
+from igpt.console import say
+from igpt.errors import ConfigError, DataError
+from igpt.files import describe, link_target, reason, replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,28 +32,60 @@ def check_folder(path: Path) -> None:
         ConfigError: it cannot; names the option `out`.
     """
     try:
-        place = next(each for each in (path, *path.parents) if each.exists())
-        if not place.is_dir():
+        _mode(path)
+        place = next(each for each in (path, *path.parents) if _mode(each) is not None)
+        if not stat.S_ISDIR(os.stat(place).st_mode):
             raise ConfigError(f"out: {place} is a file, a folder is wanted")
+        for name in path.parts[len(place.parts) :]:
+            _mode(place / name)
         tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise ConfigError(f"out: cannot write into {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise _refused(error, f"out: cannot write into {path}") from error
+
+
+def check_file(path: Path) -> None:
+    """`check_folder` for one file. Where it is a link, what it leads to will be replaced: that must be a plain file too.
+
+    Raises:
+        ConfigError: it cannot be written; names the option `out`.
+    """
+    try:
+        target = link_target(path)
+        mode = _mode(target) or stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise ConfigError(f"out: {target} is a folder, a file is wanted")
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"out: {target} is no plain file, and will not be replaced")
+        check_folder(target.parent)
+        if _mode(target.parent) is None:
+            _mode(Path(target.name))  # a name that is too long shows anywhere
+    except (OSError, ValueError) as error:
+        raise _refused(error, f"out: cannot write {path}") from error
+
+
+def _mode(path: Path) -> int | None:
+    """Kind and rights of what is there, links not followed; None where nothing is. `OSError` for an impossible name."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _refused(error: Exception, what: str) -> ConfigError:
+    return error if isinstance(error, ConfigError) else ConfigError(f"{what}: {reason(error)}")
 
 
 def check_picture(out: Path) -> None:
     """Find out before anything is drawn, not after, that the picture cannot be written."""
     if out.suffix.lower() != ".png":
         raise ConfigError(f"out must end in .png, got {str(out)!r}")
-    if out.is_dir():
-        raise ConfigError(f"out: {out} is a folder, a file is wanted")
-    check_folder(out.parent)
+    check_file(out)
 
 
 def check_outputs(out: Path) -> None:
     """`check_picture`, and the same for the tokens beside it."""
     check_picture(out)
-    if out.with_suffix(".npy").is_dir():
-        raise ConfigError(f"out: the tokens go to {out.with_suffix('.npy')}, which is a folder")
+    check_file(out.with_suffix(".npy"))
 
 
 def decoder(model: ImageGPT) -> Callable[[Tensor], npt.NDArray[np.uint8]]:
@@ -74,7 +109,6 @@ def write(
     The tokens come first: a picture that does not fit into memory (a large `scale`) loses nothing that was drawn.
     """
     from PIL.PngImagePlugin import PngInfo
-    from tqdm import tqdm
 
     from igpt import __version__
     from igpt.machine import versions
@@ -88,7 +122,11 @@ def write(
     narrow = np.uint8 if model.config.vocab_size <= 256 else np.uint16
     with replacing(beside) as part, part.open("wb") as file:
         np.save(file, tokens.numpy().astype(narrow), allow_pickle=False)
-    with replacing(out) as part:
-        picture().save(part, format="PNG", pnginfo=info)
+    try:
+        with replacing(out) as part:
+            picture().save(part, format="PNG", pnginfo=info)
+    except (MemoryError, OSError, ValueError) as error:
+        what = "out of memory: " if isinstance(error, MemoryError) else ""
+        raise DataError(f"{what}{describe(error)}; {beside} holds the tokens that were drawn") from error
     images = tokens.numel() // model.config.n_ctx
-    tqdm.write(f"{images} images in {seconds:.2f} s ({seconds / images:.3f} s each, {model.device}): {out}, {beside}")
+    say(f"{images} images in {seconds:.2f} s ({seconds / images:.3f} s each, {model.device}): {out}, {beside}")

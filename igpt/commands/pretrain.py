@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import sys
 
+from igpt.console import Console, say
 from igpt.training.options import PretrainOptions
 
 
@@ -14,8 +14,6 @@ def run_pretrain(options: PretrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 / 143 after SIGINT / SIGTERM (128 + signal, as shells count).
     """
-    from tqdm import tqdm
-
     from igpt.model.inference import BITS
     from igpt.training.pretrain import pretrain
 
@@ -27,9 +25,9 @@ def run_pretrain(options: PretrainOptions) -> int:
             parts.append(f"{name} {loss:.4f} nats = {loss * BITS:.4f} bits per pixel")
     if result.skipped:
         parts.append(f"{result.skipped} damaged images skipped")
-    tqdm.write(", ".join(parts))
+    say(", ".join(parts))
     if result.stopped_by is None:
         return 0
     kept = "before the first step" if result.checkpoint is None else f"{result.checkpoint} is written, --resume goes on"
-    tqdm.write(f"stopped by {signal.Signals(result.stopped_by).name}: {kept}", file=sys.stderr)
+    Console(True).log(f"stopped by {signal.Signals(result.stopped_by).name}: {kept}")
     return 128 + result.stopped_by

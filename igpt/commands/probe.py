@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from igpt.checks import Above, Between, Count, Device, Natural, Options
+from igpt.console import say
 from igpt.errors import import_extra
 from igpt.training.options import BadImages, Kernels
 
@@ -30,7 +31,7 @@ class ProbeOptions(Options):
     """Share held out for testing; sources with a test split of their own use that."""
     max_images: Count | None = None
     """Images used, at most; all when left out."""
-    seeds: Count = 3
+    seeds: Annotated[int, Between(1, 1000)] = 3
     """Train/test splits (or subsamples) to average over."""
     c: Annotated[float, Above(0)] = 1.0
     """Inverse L2 strength of the regression on standardised features; the paper does not state its own."""
@@ -56,16 +57,16 @@ def run_probe(options: ProbeOptions) -> ProbeResult:
     Raises:
         IgptError: as `linear_probe`; a source without labels; a model that cannot be read; files that cannot be written.
     """
-    from tqdm import tqdm
-
     from igpt.commands.inputs import images_to_probe, open_model
-    from igpt.commands.pictures import check_folder
+    from igpt.commands.pictures import check_file, check_folder
     from igpt.evaluation.probe import linear_probe
     from igpt.files import replacing, write_json
     from igpt.plots import curves
 
     import_extra("matplotlib", "eval")
     check_folder(options.out)
+    for name in ("probe.json", "probe.png"):
+        check_file(options.out / name)
     model = open_model(options.model, options.device, options.kernels)
     train, test = images_to_probe(options, model)
     began = time.perf_counter()
@@ -89,5 +90,5 @@ def run_probe(options: ProbeOptions) -> ProbeResult:
     with replacing(options.out / "probe.png") as part:
         curves.plot_probe(result, part)
     counts = "{train_images} images to learn from, {test_images} to test on, {classes} classes".format(**result.settings)
-    tqdm.write(f"{options.source}: {counts}\n{result.table()}\n{seconds:.1f} s: probe.json and probe.png in {options.out}")
+    say(f"{options.source}: {counts}\n{result.table()}\n{seconds:.1f} s: probe.json and probe.png in {options.out}")
     return result

@@ -50,13 +50,15 @@ def run_sample(options: SampleOptions) -> Path:
         IgptError: as `sample` and `open_model`; a model without a palette; files that cannot be written.
     """
     from igpt.commands import pictures
-    from igpt.commands.inputs import open_model
+    from igpt.commands.inputs import check_drawing, open_model
     from igpt.generation.sample import sample
     from igpt.plots import grids
 
     pictures.check_outputs(options.out)
     model = open_model(options.model, options.device, options.kernels)
     decode = pictures.decoder(model)
+    grids.check_scale(options.scale, options.n, model.config.height, model.config.width)
+    check_drawing(model, options.n, options.batch_size)
     began = time.perf_counter()
     tokens = sample(
         model,

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from igpt.checks import Count, Options
+from igpt.checks import Options, Side
+from igpt.console import one_line, say
 from igpt.errors import ConfigError, DataError
 from igpt.training.options import BadImages
 
-_BATCH = 256
+_BATCH, _PIXELS = 256, 1 << 22
+"""Images, and pixels, that are read at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class TokenizeOptions(Options):
     """Folder or file of a palette."""
     out: Path
     """The .npy file to write: uint8 up to 256 colours, else uint16, [images, height x width]."""
-    height: Count | None = None
+    height: Side | None = None
     """Rows; the source's own size when left out."""
-    width: Count | None = None
+    width: Side | None = None
     """Columns."""
     split: Literal["train", "val", "all"] = "all"
     """Which part of the source."""
@@ -50,6 +52,7 @@ def run_tokenize(options: TokenizeOptions) -> Path:
     import numpy as np
     from tqdm import tqdm
 
+    from igpt.commands.pictures import check_file
     from igpt.data.open import open_source
     from igpt.data.palettes import parse_palette
     from igpt.data.tokens import sidecar_paths
@@ -58,6 +61,9 @@ def run_tokenize(options: TokenizeOptions) -> Path:
 
     if options.out.suffix != ".npy":
         raise ConfigError(f"out must end in .npy, got {str(options.out)!r}")
+    sidecar, labels_path = sidecar_paths(options.out)
+    for path in (options.out, sidecar, labels_path):
+        check_file(path)
     with open_source(
         options.source, height=options.height, width=options.width, split=options.split, bad_images=options.bad_images
     ) as source:
@@ -67,14 +73,14 @@ def run_tokenize(options: TokenizeOptions) -> Path:
         dtype = np.dtype(np.uint8 if palette.size <= 256 else np.uint16)
         shape = (len(source), source.height * source.width)
         meter, labels, rows = ErrorMeter(), [], 0
-        sidecar, labels_path = sidecar_paths(options.out)
+        at_once = max(1, min(_BATCH, _PIXELS // shape[1]))
         with replacing(options.out) as temporary, temporary.open("wb") as file:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             begin = file.tell()
-            with tqdm(total=len(source), desc=f"tokenize {options.source}", unit="img") as bar:
-                for start in range(0, len(source), _BATCH):
-                    asked = np.arange(start, min(start + _BATCH, len(source)))
+            with tqdm(total=len(source), desc=one_line(f"tokenize {options.source}"), unit="img") as bar:
+                for start in range(0, len(source), at_once):
+                    asked = np.arange(start, min(start + at_once, len(source)))
                     batch = source.read(asked)
                     whole = batch.indices == asked
                     images = batch.images[whole]
@@ -105,7 +111,7 @@ def run_tokenize(options: TokenizeOptions) -> Path:
         write_json(sidecar, {**about, **size, **palette.as_dict(source.height, source.width)})
         skipped = f", {source.skipped} damaged skipped" if source.skipped else ""
     total = options.out.stat().st_size / 1e6
-    tqdm.write(
+    say(
         f"{options.out}: {rows:,} images of {source.height} x {source.width} in {palette.size} colours, "
         f"{total:.1f} MB{skipped}; {meter.result()}"
     )

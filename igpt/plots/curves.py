@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from igpt.errors import DataError, import_extra
-from igpt.files import json_lines
+from igpt.files import json_lines, reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float64]
+LARGEST = 1e30
+"""Beyond it, no axis can be drawn."""
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1701c", "#707070"
 
 
@@ -133,16 +135,19 @@ def _nats(bits: Any) -> Any:
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    try:
-        lines = json_lines(path, number="step")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
     found: dict[str, dict[int, float]] = {}
-    for _, row in lines:
-        for name in ("loss", "val_loss", "histogram_loss"):
-            if row.get(name) is not None:
+    try:
+        for _, row in json_lines(path, number="step"):
+            for name in ("loss", "val_loss", "histogram_loss"):
+                value = row.get(name)
+                if value is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST < value < LARGEST:
+                    raise DataError(f"{path}: {name} of step {row['step']} must be a number, got {str(value)[:40]}")
                 # A resumed run writes a step again: the later line holds.
-                found.setdefault(name, {})[row["step"]] = float(row[name])
+                found.setdefault(name, {})[row["step"]] = float(value)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
     if not found:
         raise DataError(f"{path} holds no loss, val_loss or histogram_loss")
     ordered = {name: sorted(values.items()) for name, values in found.items()}

@@ -25,6 +25,8 @@ GAP = (205, 205, 205)  # between images: seen against white digits' black and ag
 MASKED = (110, 122, 148)  # pixels that the model was not shown: bluish, so that grey images do not contain it
 INK = (32, 32, 32)
 WIDTH, HEIGHT = 900, 3000  # pixels that an automatic enlargement aims at, and does not exceed
+LARGEST = 1 << 28
+"""Pixels of a picture: 805 MB before they are compressed. Browsers and viewers end long before."""
 
 
 def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
@@ -46,17 +48,25 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
 
     _check_images("images", images, 4)
     n, h, w, _ = images.shape
-    columns = check_int("columns", math.ceil(math.sqrt(n)) if columns is None else columns, 1)
-    columns = min(columns, n)
     pad = check_int("pad", pad, 0)
-    rows = -(-n // columns)
-    canvas = np.empty((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), np.uint8)
+    columns, height, width = _canvas(n, h, w, columns, pad)
+    scale = _scale(scale, height, width)
+    canvas = np.empty((height, width, 3), np.uint8)
     canvas[:] = GAP
     for i in range(n):
         y, x = (i // columns) * (h + pad) + pad, (i % columns) * (w + pad) + pad
         canvas[y : y + h, x : x + w] = images[i]
-    scale = _scale(scale, canvas.shape[0], canvas.shape[1])
     return Image.fromarray(canvas.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def check_scale(scale: int | None, images: int, height: int, width: int, *, columns: int | None = None) -> None:
+    """Find out before images are drawn that `grid` would refuse to show so many, or to enlarge them so much.
+
+    Raises:
+        ConfigError: `scale` is out of range, or too large for this many images.
+    """
+    _, canvas_height, canvas_width = _canvas(check_int("images", images, 1), height, width, columns, 1)
+    _scale(scale, canvas_height, canvas_width)
 
 
 def completion_grid(
@@ -181,10 +191,21 @@ def _text_height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> float:
     return box[3] - box[1]
 
 
+def _canvas(images: int, h: int, w: int, columns: int | None, pad: int) -> tuple[int, int, int]:
+    """Columns, and height and width in pixels before enlargement, of a grid."""
+    columns = min(check_int("columns", math.ceil(math.sqrt(images)) if columns is None else columns, 1), images)
+    return columns, -(-images // columns) * (h + pad) + pad, columns * (w + pad) + pad
+
+
 def _scale(scale: int | None, height: int, width: int) -> int:
-    if scale is not None:
-        return check_int("scale", scale, 1)
-    return max(1, min(WIDTH // width, HEIGHT // height))
+    if height * width > LARGEST:
+        raise ConfigError(f"a picture of {height:,} x {width:,} pixels is too large (at most {LARGEST:,}): show fewer images")
+    if scale is None:
+        return max(1, min(WIDTH // width, HEIGHT // height))
+    most = math.isqrt(LARGEST // (height * width))
+    if check_int("scale", scale, 1) > most:
+        raise ConfigError(f"scale must be at most {most} for a picture of {height} x {width} pixels, got {scale}")
+    return scale
 
 
 def _check_images(name: str, images: Pixels, ndim: int) -> None:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from igpt.errors import CheckpointError, DataError, NonFiniteError
-from igpt.files import TEMPORARY, flush_to_disk
+from igpt.files import TEMPORARY, describe, flush_to_disk, open_plain, read_json, reason, regular_size
+from igpt.training.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT
@@ -36,13 +37,17 @@ STATE = "state.json"
 OPTIMIZER = "optim.safetensors"
 _NEEDED = ("config.json", "model.safetensors", OPTIMIZER, STATE)
 _KINDS = ("step", "exp_avg", "exp_avg_sq")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _STEP = re.compile(r"step-([0-9]+)")
 _TRASH, _REPLACED = ".trash-", ".replaced-"
+_MAX_MARKER_BYTES = 1 << 20  # ours take 500
+_MAX_STATE_BYTES = 32 << 20  # losses since the last line of metrics.jsonl: 20 bytes for each of `log_every` steps
+_MAX_HEADER_BYTES = 16 << 20  # of the moments: 120 bytes a tensor
 
 
 def checkpoints(run: Path | str) -> list[tuple[int, Path]]:
     """All checkpoint folders of a run as (step, folder), largest step first, whole or not."""
-    folder = Path(run) / "checkpoints"
+    folder = Path(run) / CHECKPOINTS
     names = [(match, path) for path in (folder.iterdir() if folder.is_dir() else ()) if (match := _STEP.fullmatch(path.name))]
     return sorted(((int(match[1]), path) for match, path in names), reverse=True)
 
@@ -54,26 +59,26 @@ def find_damage(folder: Path | str) -> str | None:
     """
     folder = Path(folder)
     try:
-        listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        if not os.path.lexists(folder / MARKER):
+            return f"no {MARKER} file: it was not written or copied to its end"
+        listed = read_json(folder / MARKER, limit=_MAX_MARKER_BYTES, strict=True)["files"]
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except FileNotFoundError:
-        return f"no {MARKER} file: it was not written or copied to its end"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        return f"{MARKER} is not readable ({type(error).__name__}: {error})"
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # DataError is a ValueError
+        return f"{MARKER} is not readable ({describe(error)})"
     for name in sorted({*files, *_NEEDED}):
         if name not in files or Path(name).name != name:
             return f"{MARKER} does not list {name}" if name not in files else f"{MARKER} lists {name!r}, which is no file name"
         size, digest = files[name]
         try:
-            found = (folder / name).stat().st_size
+            if not os.path.lexists(folder / name):
+                return f"{name} is missing"
+            found = regular_size(folder / name)
             if found != size:
                 return f"{name} has {found} bytes, {size} were written"
             if _sha256(folder / name) != digest:
                 return f"{name} is damaged: its SHA-256 is not the one that was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        except (OSError, DataError) as error:
+            return f"{name} cannot be read ({describe(error)})"
     return None
 
 
@@ -104,7 +109,7 @@ def resolve_model(source: Path | str) -> Path | str:
     folder = Path(source)
     if not folder.is_dir():
         return source
-    if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
+    if (folder / CHECKPOINTS).is_dir() and not (folder / "config.json").exists():
         newest = latest_checkpoint(folder)
         if newest is None:
             raise CheckpointError(f"{folder} holds no undamaged checkpoint to read a model from{_reasons(folder)}")
@@ -125,7 +130,7 @@ def save_checkpoint(
     being deleted is renamed first, so that no moment shows half of it.
 
     Args:
-        run: run folder.
+        run: run folder; must exist.
         step: optimizer steps made.
         model: written by ``model.save_pretrained``, palette included.
         optimizer: Adam or AdamW over parameters of `model`.
@@ -147,10 +152,10 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = Path(run) / "checkpoints"
+    folder = Path(run) / CHECKPOINTS
     final, part, old = (folder / f"{prefix}step-{step}" for prefix in ("", TEMPORARY, _REPLACED))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         remove_leftovers(run)
         part.mkdir()
         model.save_pretrained(part)
@@ -173,29 +178,58 @@ def save_checkpoint(
         if old.exists() and not final.exists():
             os.rename(old, final)
         cause = error.__cause__ if isinstance(error, DataError) else error
-        why = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+        why = reason(cause if isinstance(cause, OSError) else error)
         raise CheckpointError(f"cannot write checkpoint {final}: {why}; older checkpoints are untouched") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     try:
         remove_leftovers(run)
-        _prune(run, step, keep)
     except OSError as error:
-        warnings.warn(f"old checkpoints in {folder} could not be deleted: {error}", stacklevel=2)
+        warnings.warn(f"{folder} could not be tidied up: {reason(error)}", stacklevel=2)
+    prune(run, step, keep)
     return final
+
+
+def prune(run: Path | str, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints up to `step`; later ones, left by a damaged past, are not touched.
+
+    What cannot be deleted stays, with a warning. Only the process that holds the run's lock may call it.
+    """
+    kept = 0
+    for number, folder in checkpoints(run):
+        if number > step:
+            continue
+        if kept < keep:
+            # The marker alone tells here: hashing every older checkpoint on each save would cost more than the save.
+            kept += (folder / MARKER).exists()
+            continue
+        trash = folder.with_name(f"{_TRASH}{folder.name}")
+        try:
+            os.rename(folder, trash)
+            _remove(trash)
+        except OSError as error:
+            warnings.warn(f"the old checkpoint {folder} could not be deleted: {reason(error)}", stacklevel=2)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def remove_leftovers(run: Path | str) -> None:
     """Tidy up after a killed process: delete half-written and half-deleted checkpoint folders, and put back one that was
     about to be replaced. Only the process that holds the run's lock may call it.
     """
-    folder = Path(run) / "checkpoints"
+    folder = Path(run) / CHECKPOINTS
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         final = folder / path.name.removeprefix(_REPLACED)
         if path.name.startswith(_REPLACED) and not final.exists():
             os.rename(path, final)
         elif path.name.startswith((TEMPORARY, _TRASH, _REPLACED)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
 
 
 def load_checkpoint(folder: Path | str, *, model: ImageGPT, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -214,24 +248,25 @@ def load_checkpoint(folder: Path | str, *, model: ImageGPT, optimizer: torch.opt
     if reason is not None:
         raise CheckpointError(f"checkpoint {folder}: {reason}")
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / STATE}: not readable as JSON: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != 1 or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{folder / STATE}: must hold an object with format 1 and an integer step")
+        state = read_json(folder / STATE, limit=_MAX_STATE_BYTES, strict=True)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    step = state.get("step") if isinstance(state, dict) and state.get("format") == 1 else None
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+        raise CheckpointError(f"{folder / STATE}: must hold an object with format 1 and an integer step of at least 0")
     found = ImageGPT.from_pretrained(folder)
     weights = found.state_dict()
     for name, value in model.state_dict().items():
         if name not in weights and name.endswith("bias"):  # zero biases are not told from absent ones on disk
             weights[name] = torch.zeros_like(value)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    _compare(folder, weights, wanted)
+    _compare(folder, {name: tuple(value.shape) for name, value in weights.items()}, wanted)
     for field in dataclasses.fields(model.config):
         ours, theirs = getattr(model.config, field.name), getattr(found.config, field.name)
         if field.name != "bias" and ours != theirs:
             raise CheckpointError(f"checkpoint {folder}: {field.name} is {theirs!r}, the model has {ours!r}")
     if optimizer is not None:
-        _load_moments(folder, model, optimizer)
+        _load_moments(folder, model, optimizer, step)
     model.load_state_dict(weights)
     return state
 
@@ -244,22 +279,20 @@ def _moments(model: ImageGPT, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return tensors
 
 
-def _load_moments(folder: Path, model: ImageGPT, optimizer: torch.optim.Optimizer) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / OPTIMIZER}: not a readable safetensors file: {error}") from error
+def _load_moments(folder: Path, model: ImageGPT, optimizer: torch.optim.Optimizer, step: int) -> None:
+    path = folder / OPTIMIZER
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shapes = {}
-    if tensors:  # none are written before the first step
+    shapes: dict[str, tuple[int, ...]] = {}
+    if step:  # none are written before the first step
         for parameter in parameters:
             for kind in _KINDS:
                 shapes[f"{kind}/{names[id(parameter)]}"] = () if kind == "step" else tuple(parameter.shape)
-    _compare(folder / OPTIMIZER, tensors, shapes)
+    tensors = _read_tensors(path, shapes)
+    for name, value in tensors.items():
+        signed = name.startswith("exp_avg/")
+        if not bool(torch.isfinite(value).all()) or not (signed or bool((value >= 0).all())):
+            raise CheckpointError(f"{path}: tensor {name} must be finite{'' if signed else ' and not below 0'}")
     state = {}
     for index, parameter in enumerate(parameters):
         if tensors:
@@ -267,30 +300,36 @@ def _load_moments(folder: Path, model: ImageGPT, optimizer: torch.optim.Optimize
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _compare(where: Path, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must be those of `shapes`, in floating point. Others are not even loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_plain(path) as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: not a readable safetensors file: its header takes {header:,} bytes")
+        with safe_open(path, framework="pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            _compare(path, {name: tuple(part.get_shape()) for name, part in parts.items()}, shapes)
+            for name, part in parts.items():
+                if part.get_dtype() not in _FLOATS:
+                    raise CheckpointError(f"{path}: tensor {name} must be floating point, got {part.get_dtype()}")
+            return {name: tensors.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError, DataError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _compare(where: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise `CheckpointError` unless both have the same names and shapes."""
     for name in sorted({*found, *wanted}):
         if name not in found:
             raise CheckpointError(f"{where}: tensor {name} is missing; the model wants {wanted[name]}")
-        got = tuple(found[name].shape)
+        got = found[name]
         if name not in wanted:
             raise CheckpointError(f"{where}: unknown tensor {name} {got}")
         if got != wanted[name]:
             raise CheckpointError(f"{where}: tensor {name} must be {wanted[name]}, got {got}")
-
-
-def _prune(run: Path | str, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints up to `step`; later ones, left by a damaged past, are not touched."""
-    kept = 0
-    for number, folder in checkpoints(run):
-        if number > step:
-            continue
-        if kept < keep:
-            # The marker alone tells here: hashing every older checkpoint on each save would cost more than the save.
-            kept += (folder / MARKER).exists()
-            continue
-        trash = folder.with_name(f"{_TRASH}{folder.name}")
-        os.rename(folder, trash)
-        shutil.rmtree(trash)
 
 
 def _reasons(run: Path) -> str:
@@ -300,7 +339,7 @@ def _reasons(run: Path) -> str:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from igpt.palette.palette import Palette
 
 
+_PIXELS = 1 << 22
+"""That are read at once, at most, where no batch is asked for: 12 MB, and 32 MB as tokens."""
+
+
 class TrainingData:
     """The data of a run, opened.
 
@@ -30,6 +35,7 @@ class TrainingData:
         options: settings of the run.
         checkpoint: where the palette is taken from when the run is continued; None makes it anew.
         console: where progress is shown.
+        check: called with height, width and colours (512 where that is not known yet) before the long part begins.
 
     Attributes:
         train: batches of training tokens.
@@ -46,7 +52,13 @@ class TrainingData:
     palette: Palette | None
     vocab: int
 
-    def __init__(self, options: PretrainOptions, checkpoint: Path | None, console: Console) -> None:
+    def __init__(
+        self,
+        options: PretrainOptions,
+        checkpoint: Path | None,
+        console: Console,
+        check: Callable[[int, int, int], None] | None = None,
+    ) -> None:
         common: dict[str, Any] = {"height": options.height, "width": options.width, "val_fraction": options.val_fraction}
         common |= {"seed": options.seed, "bad_images": options.bad_images}
         source = open_source(options.source, split="train", augment=options.augment, **common)
@@ -58,6 +70,8 @@ class TrainingData:
             if options.val_fraction > 0:
                 raise
         self.console, self.seed = console, options.seed
+        if check is not None:
+            check(source.height, source.width, _colours(options.palette, source))
         self.palette = _palette(options, source, checkpoint, console.is_interactive)
         if self.palette is not None:
             self.vocab = self.palette.size
@@ -78,12 +92,13 @@ class TrainingData:
         return self.train.source.skipped + (0 if self._held_out is None else self._held_out.skipped)
 
     def _parts(self, batches: TokenBatches, count: int, what: str) -> Iterator[Tensor]:
-        """The first `count` images of the first epoch's order, in their evaluation form, as int64 [<=256,T]."""
+        """The first `count` images of the first epoch's order, in their evaluation form, as int64 [n,T] of at most 256."""
         indices = order(len(batches.source), self.seed, 0, count)
+        size = _at_once(batches.source)
         with self.console.progress(count, 0, what, "img") as bar:
-            for start in range(0, count, 256):
-                yield batches.at(indices[start : start + 256])
-                bar.update(min(256, count - start))
+            for start in range(0, count, size):
+                yield batches.at(indices[start : start + size])
+                bar.update(min(size, count - start))
 
     def describe(self) -> list[str]:
         """What there is, in a line or two."""
@@ -93,7 +108,7 @@ class TrainingData:
             f"batches of {size}, {len(source) / size:.1f} steps an epoch"
         ]
         if self.palette is not None and source.kind == "images":
-            error = self.palette.error(source.images(range(min(len(source), 256))))
+            error = self.palette.error(source.images(range(min(len(source), _at_once(source)))))
             lines.append(f"palette: {self.palette.size} colours, mean |ΔRGB| {error.mean_delta:.2f}, PSNR {error.psnr:.1f} dB")
         return lines
 
@@ -103,6 +118,19 @@ class TrainingData:
             return None
         count = min(len(self.train.source), 4 * options.val_images)
         return histogram_baseline(self._parts(self.train, count, "counting colours"), self.val_tokens, self.vocab, mask=mask)
+
+
+def _at_once(source: Source) -> int:
+    """Images to read at once: 256, or fewer where they are large."""
+    return max(1, min(256, _PIXELS // (source.height * source.width)))
+
+
+def _colours(palette: str, source: Source) -> int:
+    """How many colours there will be, as far as that is known before a palette is learned or read."""
+    if isinstance(source, TokenSource):
+        return source.vocab_size
+    named = re.fullmatch(r"(?:fit|uniform):([0-9]{1,6})", palette)
+    return min(max(int(named[1]), 2), 65536) if named else 512
 
 
 def _palette(options: PretrainOptions, source: Source, checkpoint: Path | None, progress: bool) -> Palette | None:

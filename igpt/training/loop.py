@@ -23,17 +23,28 @@ from torch import Tensor
 
 from igpt.console import Console
 from igpt.errors import CheckpointError, ConfigError, NonFiniteError
-from igpt.files import write_durably
-from igpt.machine import versions
+from igpt.files import reason, write_durably
+from igpt.machine import available_memory, check_memory, versions
 from igpt.model.config import ImageGPTConfig, preset
 from igpt.model.inference import BITS
-from igpt.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
+from igpt.plots import grids
+from igpt.training import memory
+from igpt.training.checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    remove_leftovers,
+    save_checkpoint,
+)
 from igpt.training.data import TrainingData
 from igpt.training.objectives import Purpose, draw_mask, losses
 from igpt.training.optim import learning_rate, make_optimizer
 from igpt.training.options import PretrainOptions
-from igpt.training.run_folder import Metrics, write_config
+from igpt.training.run_folder import SAMPLES, Metrics, Place, write_config
 from igpt.training.signals import Signals, Stopped
+
+SAMPLES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -69,19 +80,20 @@ class Trainer:
     """A run in memory: opened data, model and optimizer, and how far it has come."""
 
     def __init__(
-        self, options: PretrainOptions, device: torch.device, signals: Signals, console: Console, *, begun: bool
+        self, options: PretrainOptions, device: torch.device, signals: Signals, console: Console, place: Place, *, begun: bool
     ) -> None:
         from igpt.model.image_gpt import ImageGPT
 
-        self.device, self.signals, self.console = device, signals, console
-        self.run = options.out
+        self.device, self.signals, self.console, self.place = device, signals, console, place
+        self.run, self.given = options.out, options
         remove_leftovers(self.run)
         self.checkpoint = latest_checkpoint(self.run) if begun else None
         if self.checkpoint is None and checkpoints(self.run):
             raise CheckpointError(f"every checkpoint in {self.run} is damaged; to start from step 0, move {self.run} away")
-        self.data = TrainingData(options, self.checkpoint, console)
-        config = _model_config(options, self.data)
-        epoch = math.ceil(len(self.data.train.source) / options.batch_size)
+        self.data = TrainingData(options, self.checkpoint, console, self._check_memory)
+        source = self.data.train.source
+        config = _model_config(options, source.height, source.width, self.data.vocab)
+        epoch = math.ceil(len(source) / options.batch_size)
         self.options = dataclasses.replace(
             options,
             height=config.height,
@@ -112,8 +124,41 @@ class Trainer:
             self.histogram_loss = self.data.baseline(options, self.val_mask)
         if self.step > options.steps:
             raise ConfigError(f"steps: the run has made {self.step} steps already and cannot end at {options.steps}")
+        if self.checkpoint is not None:
+            prune(self.run, self.step, options.keep)  # one more stays when a process is killed after a save
         write_config(self.run, self.options)
         self.metrics = Metrics(self.run, self.step if begun else None, ("val_loss",) if "validate" in self.pending else ())
+        last = self.metrics.last or 0
+        if self.step - last > self.options.log_every:
+            console.log(f"resume: {self.metrics.path} ends at step {last}, the checkpoint is of step {self.step}")
+
+    def _check_memory(self, height: int, width: int, vocab: int) -> None:
+        """Refuse what the system would kill without a word.
+
+        Raises:
+            ConfigError: a step, or the sample grids, take more than is free; says what would fit. A grid is too large.
+        """
+        options, cuda = self.given, self.device.type == "cuda"
+        config = _model_config(options, height, width, vocab)
+        free, host = available_memory(self.device), available_memory(torch.device("cpu"))
+        if free is None or host is None:
+            return
+        refusal = memory.training_refusal(
+            config,
+            batch=options.batch_size,
+            accumulate=options.accumulate,
+            bf16=options.precision == "bf16",
+            kernels=options.kernels == "auto",
+            cuda=cuda,
+            free=free,
+            host=host,
+        )
+        if refusal is not None:
+            raise ConfigError(f"batch_size: {refusal}")
+        if options.sample_every and config.objective == "ar":
+            grids.check_scale(None, options.samples, height, width)
+            drawn = memory.drawing(config, images=options.samples, at_once=SAMPLES_AT_ONCE)
+            check_memory(f"samples: a grid of {options.samples}", drawn.on_device(cuda), self.device, "--samples 16 is usual")
 
     def train(self) -> TrainResult:
         """Go on to the last step, or until a signal."""
@@ -134,6 +179,7 @@ class Trainer:
                     self._save()
             while self.step < options.steps and self.signals.received is None:
                 self._update()
+                self._stay()
                 last = self.step == options.steps
                 every = {"validate": options.val_every, "sample": options.sample_every}
                 self._run_due_tasks([what for what, n in every.items() if n and (self.step % n == 0 or last)])
@@ -226,7 +272,10 @@ class Trainer:
             for part in self._losses(tokens, self.val_mask, size):
                 total.append(float(part))
                 bar.update(size)
-        loss = self.val_loss = math.fsum(total)
+        loss = math.fsum(total) if all(map(math.isfinite, total)) else math.nan
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the validation loss is not finite at step {self.step}. A lower --lr often helps")
+        self.val_loss = loss
         self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
         base = self.histogram_loss
         assert base is not None
@@ -246,20 +295,42 @@ class Trainer:
 
     def _sample(self) -> None:
         from igpt.generation.sample import sample
-        from igpt.plots.grids import grid
 
         config, palette = self.model.config, self.data.palette
         assert palette is not None
         with self.signals.may_raise():
-            tokens = sample(self.model, self.options.samples, seed=self.options.seed, progress=self.console.is_interactive)
+            tokens = sample(
+                self.model,
+                self.options.samples,
+                seed=self.options.seed,
+                batch_size=SAMPLES_AT_ONCE,
+                progress=self.console.is_interactive,
+            )
             picture = io.BytesIO()
-            grid(palette.decode(tokens, config.height, config.width)).save(picture, "PNG")
-        path = self.run / "samples" / f"step-{self.step}.png"
+            grids.grid(palette.decode(tokens, config.height, config.width)).save(picture, "PNG")
+        path = self.run / SAMPLES / f"step-{self.step}.png"
         try:
             path.parent.mkdir(exist_ok=True)
             write_durably(path, picture.getvalue())
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+            raise CheckpointError(f"cannot write {path}: {reason(error)}") from error
+
+    def _stay(self) -> None:
+        """Look whether the run's folder is where it was. One that was moved gets a checkpoint before the run ends.
+
+        Raises:
+            CheckpointError: it is not; says where it is and what is saved.
+        """
+        found = self.place.find()
+        if found == self.run:
+            return
+        if found is None:
+            raise CheckpointError(f"out: {self.run} was moved or removed while it trained, after step {self.step}")
+        moved, self.run = self.run, found
+        self._save()
+        raise CheckpointError(
+            f"out: {moved} was moved to {found} while it trained; step {self.step} is saved there, and --resume goes on there"
+        )
 
     def _save(self) -> None:
         if self.saved == (self.step, tuple(self.pending)):
@@ -274,14 +345,20 @@ class Trainer:
     def _restore(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
         self.step = state["step"]
+        if checkpoint.name != f"step-{self.step}":
+            raise CheckpointError(f"{checkpoint / 'state.json'}: step is {self.step}, the folder is named {checkpoint.name}")
         for name, fits in _STATE.items():
             value = state.get(name, ...)
             if not fits(value):
-                raise CheckpointError(f"{checkpoint / 'state.json'}: {name} cannot be {value!r}")
+                raise CheckpointError(f"{checkpoint / 'state.json'}: {name} cannot be {str(value)[:80]}")
             setattr(self, name, value)
+        updates = {float(moments["step"]) for moments in self.optimizer.state.values()}
+        if updates - {float(self.step)}:
+            raise CheckpointError(f"{checkpoint}: the optimizer has made {sorted(updates)} steps, the run {self.step}")
         self.saved = (self.step, tuple(self.pending))
         self.console.log(f"resume: {checkpoint}")
-        old, new = state.get("conditions", {}), self._conditions()
+        old, new = state.get("conditions"), self._conditions()
+        old = old if isinstance(old, dict) else {}
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
         if changed:
             self.console.log(f"resume: {', '.join(changed)}; the run goes on, but no longer bit for bit as it began")
@@ -339,7 +416,8 @@ class Trainer:
 
 
 def _is_loss(value: object) -> bool:
-    return value is None or isinstance(value, float)
+    """Nats per pixel are never below 0."""
+    return value is None or (isinstance(value, float) and value >= 0)
 
 
 # What state.json keeps of a `Trainer`, and what it may be.
@@ -348,16 +426,15 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "val_loss": _is_loss,
     "best_val_loss": _is_loss,
     "histogram_loss": _is_loss,
-    "window": lambda value: isinstance(value, list) and all(isinstance(item, float) for item in value),
-    "pending": lambda value: value in ([], ["validate"], ["sample"], ["validate", "sample"]),
+    "window": lambda value: isinstance(value, list) and None not in value and all(map(_is_loss, value)),
+    "pending": lambda value: isinstance(value, list) and value in ([], ["validate"], ["sample"], ["validate", "sample"]),
 }
 
 
-def _model_config(options: PretrainOptions, data: TrainingData) -> ImageGPTConfig:
-    source = data.train.source
+def _model_config(options: PretrainOptions, height: int, width: int, vocab: int) -> ImageGPTConfig:
     changes: dict[str, Any] = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    changes |= {"height": source.height, "width": source.width, "vocab_size": data.vocab}
+    changes |= {"height": height, "width": width, "vocab_size": vocab}
     return preset(options.preset, attention=options.attention, objective=options.objective, **changes)
 
 

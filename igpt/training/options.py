@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from igpt.checks import AtLeast, Between, Count, Device, Natural, Options
+from igpt.checks import AtLeast, Between, Count, Device, Natural, Options, Side
 from igpt.errors import ConfigError
 from igpt.model.config import Objective, PresetName
 
@@ -31,9 +31,9 @@ class PretrainOptions(Options):
     """Heads, instead of the preset's."""
     n_embd: Count | None = None
     """Width, instead of the preset's."""
-    height: Count | None = None
+    height: Side | None = None
     """Rows in tokens; the source's own size when left out."""
-    width: Count | None = None
+    width: Side | None = None
     """Columns in tokens."""
     palette: str = "auto"
     """auto: 512 colours learned from the training images (all of them where they have fewer). fit:K learns K, uniform:K

@@ -38,7 +38,7 @@ def pretrain(options: PretrainOptions, *, progress: bool = True) -> TrainResult:
             step is in ``nonfinite-step-N.json``.
     """
     device = pick_device(options.device)
-    with RunLock(options.out), Signals() as signals:
+    with RunLock(options.out) as lock, Signals() as signals:
         saved = read_config(options.out) if holds_run(options.out, options.resume) else None
         notes: list[str] = []
         if saved is not None:
@@ -51,7 +51,7 @@ def pretrain(options: PretrainOptions, *, progress: bool = True) -> TrainResult:
             torch.manual_seed(options.seed)
             try:
                 with signals.may_raise():
-                    trainer = Trainer(options, device, signals, console, begun=saved is not None)
+                    trainer = Trainer(options, device, signals, console, lock.place, begun=saved is not None)
             except Stopped:
                 return TrainResult(run=options.out, stopped_by=signals.received)
             return trainer.train()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,22 +143,73 @@ def test_too_little_memory_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug\n in two lines"),
+        RuntimeError("a bug"),
+        RecursionError("too deep"),
+        UnicodeEncodeError("ascii", "x", 0, 1, "no"),
+        AssertionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_fault_is_one_line_and_a_traceback_on_demand(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import igpt.commands.info
 
     def broken(_: object) -> None:
-        raise ValueError("a bug")
+        raise error
 
     monkeypatch.setattr(igpt.commands.info, "run_info", broken)
-    with pytest.raises(ValueError, match="a bug"):
+    assert main.main(["info"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"igpt: a fault of igpt: {type(error).__name__}")
+    assert said.endswith("; IGPT_DEBUG=1 shows where\n")
+    assert said.count("\n") == 1
+    monkeypatch.setenv("IGPT_DEBUG", "1")
+    with pytest.raises(type(error)):
         main.main(["info"])
 
-    def failing(_: object) -> None:
-        raise RuntimeError("another bug")
 
-    monkeypatch.setattr(igpt.commands.info, "run_info", failing)
-    with pytest.raises(RuntimeError, match="another bug"):
-        main.main(["info"])
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.EROFS, ": name a place elsewhere"), (errno.EACCES, ""), (errno.ENAMETOOLONG, "")]
+)
+def test_an_error_of_the_system_names_the_file(
+    number: int, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import igpt.commands.info
+
+    def refuse(_: object) -> None:
+        raise OSError(number, os.strerror(number), "/there/it is")
+
+    monkeypatch.setattr(igpt.commands.info, "run_info", refuse)
+    assert main.main(["info"]) == 2
+    assert capsys.readouterr().err == f"igpt: /there/it is: {os.strerror(number)}{advice}\n"
+
+
+def test_what_a_terminal_would_obey_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    wild = "\x1b[2J\nigpt: fine\u202e\udcff"
+    assert main.main(["layouts", "local2d:1", "--out", str(tmp_path / f"{wild}.txt")]) == 2
+    said = capsys.readouterr().err
+    assert r"\x1b[2J\nigpt: fine\u202e\udcff.txt" in said.replace("\\\\", "\\")
+    assert said.isprintable() or said[:-1].isprintable()
+    assert main.main(["layouts", "local2d:1", "--size", "4", "--out", str(tmp_path / f"{wild}.png")]) == 0
+    said = capsys.readouterr().out
+    assert r"\x1b[2J" in said
+    assert all(one.isprintable() or one == "\n" for one in said)
+
+
+def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import igpt.commands.info
+
+    monkeypatch.setattr(igpt.commands.info, "run_info", lambda _: warnings.warn("look\x1b out", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *given: sys.stderr.write(warnings.formatwarning(*given[:4]))
+        assert main.main(["info"]) == 0
+    assert capsys.readouterr().err == "igpt: warning: look\\x1b out\n"
 
 
 def test_interruption_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,5 +65,5 @@ class TestTokenize:
         with pytest.raises(ConfigError, match="tokens already"):
             run_tokenize(TokenizeOptions(f"tokens:{tmp_path / 'x.npy'}", "uniform:8", tmp_path / "y.npy"))
         (tmp_path / "file").write_text("")
-        with pytest.raises(DataError, match="cannot be written"):
+        with pytest.raises(ConfigError, match="file is a file, a folder is wanted"):
             run_tokenize(TokenizeOptions("digits", "uniform:8", tmp_path / "file" / "x.npy"))

@@ -104,7 +104,17 @@ def test_long_runs_are_smoothed_in_place(tmp_path: Path, drawn: list[Any]) -> No
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no loss"), ('{"step": 1}\n', "holds no loss"), ('nonsense\n{"step": 1, "loss": 2}', "line 1")],
+    [
+        ("", "holds no loss"),
+        ('{"step": 1}\n', "holds no loss"),
+        ('nonsense\n{"step": 1, "loss": 2}', "line 1"),
+        ('{"step": 1, "loss": "2"}\n', "loss of step 1 must be a number, got 2"),
+        ('{"step": 1, "val_loss": [2]}\n', r"val_loss of step 1 must be a number, got \[2\]"),
+        ('{"step": 1, "loss": NaN}\n', "loss of step 1 must be a number, got nan"),
+        ('{"step": 1, "loss": 1%s}\n' % ("0" * 400), "loss of step 1 must be a number, got 1000"),
+        ('{"step": 1e40, "loss": 1}\n{}', "line 1"),
+        ('{"step": true, "loss": 1}\n{}', "line 1"),
+    ],
 )
 def test_broken_metrics_are_data_errors(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,24 @@ def test_header_is_left_out_where_nobody_could_read_it() -> None:
 def test_wrong_arguments_are_config_errors(call: Any) -> None:
     with pytest.raises(ConfigError):
         call()
+
+
+@pytest.mark.parametrize(("images", "columns"), [(1, None), (7, None), (12, 4)])
+def test_a_scale_is_checked_before_there_are_images(images: int, columns: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "LARGEST", 2000)
+    for scale in (None, *range(1, 40)):
+        try:
+            grids.check_scale(scale, images, 5, 3, columns=columns)
+        except ConfigError as error:
+            with pytest.raises(ConfigError, match=re.escape(str(error))):
+                grids.grid(noise(images, 5, 3, 3), columns=columns, scale=scale)
+        else:
+            picture = grids.grid(noise(images, 5, 3, 3), columns=columns, scale=scale)
+            assert scale is None or picture.width * picture.height <= 2000
+    with pytest.raises(ConfigError, match=r"scale must be at most [0-9]+ for a picture of .* pixels, got 40"):
+        grids.check_scale(40, images, 5, 3, columns=columns)
+    with pytest.raises(ConfigError, match=r"a picture of 61 x 41 pixels is too large .*: show fewer images"):
+        grids.check_scale(None, 100, 5, 3)
 
 
 @pytest.mark.parametrize("size", [2, 7, 64, 512])

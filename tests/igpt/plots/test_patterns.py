@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from igpt.commands.main import main
 from igpt.commands.probe import ProbeOptions, run_probe
 from igpt.errors import ConfigError
 from igpt.model.config import ImageGPTConfig
+from igpt.plots import patterns
 from igpt.plots.patterns import block_view, pixel_view, reach
 from igpt.training.options import PretrainOptions
 from igpt.training.pretrain import pretrain
@@ -153,6 +155,17 @@ def test_views_of_a_pattern() -> None:
     assert block_view(lists).tolist() == [[1, 0, 0, 0], [2, 1, 0, 0], [2, 2, 1, 0], [2, 2, 2, 1]]
 
 
+def test_a_dot_of_a_large_image_shows_the_fullest_of_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    (lists,) = layouts.dense(40, 8).block_lists(64, 64)  # 5 x 5 tiles
+    monkeypatch.setattr(patterns, "FINEST", 3)
+    assert block_view(lists).tolist() == [[2, 0, 0], [2, 2, 0], [2, 2, 1]]
+    monkeypatch.undo()
+    (lists,) = layouts.parse("local2d:1", 2048, 2048).block_lists()  # 65,536 x 65,536 tiles took 32 GiB
+    view = block_view(lists)
+    assert view.shape == (1024, 1024)
+    assert view.any(1).all()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "share"),
     [
@@ -207,3 +220,18 @@ def test_the_command_names_what_is_wrong(
     assert main(["layouts", *arguments, "--out", str(out)]) == 2
     assert words in capsys.readouterr().err
     assert out.read_bytes() == b"mine"
+
+
+def test_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four million tokens: before, the picture of the tiles alone took 34 GB."""
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    main(["layouts", "local2d:7", "--size", "2048"])
+    assert Image.open("layout.png").size[0] > 500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 800_000  # KiB
+
+
+@pytest.mark.parametrize("text", ["dense", "local2d:400", "strided:1", "fixed:1,1"])
+def test_what_is_too_large_says_so(text: str) -> None:
+    with pytest.raises(ValueError, match=r"layout of 4,194,304 tokens: for .* pairs of tiles must be looked at"):
+        layouts.parse(text, 2048, 2048).block_lists()

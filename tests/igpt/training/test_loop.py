@@ -174,7 +174,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[ImageGPT]:
 
     def spoiled(self: ImageGPT, tokens: Tensor, targets: Tensor | None = None, **more: Any) -> ImageGPTOutput:
         found = forward(self, tokens, targets, **more)
-        if self.training:
+        if not torch.is_inference_mode_enabled():
             seen.append(self)
             if len(seen) == 4 and found.loss is not None:
                 found.loss = found.loss * math.nan

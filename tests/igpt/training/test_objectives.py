@@ -61,7 +61,7 @@ def test_each_step_hides_its_own_pixels(options: Options, monkeypatch: pytest.Mo
     forward = ImageGPT.forward
 
     def spy(self: ImageGPT, tokens: Tensor, targets: Tensor | None = None, **more: Any) -> ImageGPTOutput:
-        if self.training:
+        if not torch.is_inference_mode_enabled():
             seen.append(more["mask"])
         return forward(self, tokens, targets, **more)
 

@@ -82,7 +82,7 @@ def test_a_lock_file_that_says_nothing_is_taken_over(tmp_path: Path, text: str) 
 
 def test_a_folder_named_lock_is_an_error_that_leaves_no_lock(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
-    with pytest.raises(CheckpointError, match=r"out: cannot write into .*: Is a directory"), RunLock(tmp_path):
+    with pytest.raises(ConfigError, match=r"out: .*lock is no plain file; a run writes a file of its own"), RunLock(tmp_path):
         pytest.fail("entered")
     (tmp_path / "lock").rmdir()
     with RunLock(tmp_path):
@@ -152,7 +152,7 @@ def test_a_lock_that_cannot_be_written_is_let_go(tmp_path: Path, monkeypatch: py
 
     failed = RunLock(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(CheckpointError, match=r"out: cannot write into .*run: No space left on device"):
             failed.__enter__()
     assert not (tmp_path / "run").exists()
@@ -194,8 +194,8 @@ def test_holds_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
         holds_run(out, resume=False)
     assert holds_run(out, resume=True)
-    with pytest.raises(ConfigError, match="is a file"):
-        holds_run(out / "notes.txt", resume=False)
+    with pytest.raises(ConfigError, match=r"notes.txt is a file, a folder is wanted"):
+        RunLock(out / "notes.txt").__enter__()
 
 
 def test_settings_come_back_from_toml(tmp_path: Path) -> None:
