@@ -61,7 +61,6 @@ TESTED_BY = {
     "igpt.kernels.state": "tests/igpt/kernels/test_use.py",
     "igpt.plots.page": "tests/igpt/commands/test_demo.py",
     "igpt.model.config": "tests/igpt/test_checks.py, tests/igpt/model/test_image_gpt.py",
-    "igpt.model.inference": "tests/igpt/generation/test_sample.py",
     "igpt.data.array": "tests/igpt/data/test_digits.py, test_batches.py",
     "igpt.data.source": "tests/igpt/data/test_digits.py, test_folder.py",
     "igpt.training.options": "tests/igpt/test_checks.py, tests/igpt/training/test_pretrain.py",
@@ -239,8 +238,15 @@ SUBJECTS = {
     "tests/igpt_kernels/test_transforms.py": "every operation under transforms of torch",
     "tests/igpt_kernels/test_views.py": "every operation on views",
     "tests/igpt_kernels/_triton/test_interpreter.py": "starts tests/interpreter",
+    "tests/igpt/kernels/test_huggingface_classes.py": "use_kernels on subclasses and patched classes of transformers",
+    "tests/igpt/kernels/test_huggingface_masks.py": "use_kernels on models of transformers, padded and with caches",
     "tests/igpt/kernels/test_huggingface_swaps.py": "use_kernels on models of transformers",
+    "tests/igpt/model/test_copies.py": "copies, pickles and processes of models and palettes",
+    "tests/igpt/model/test_transforms.py": "torch.func, tracers, compilers and subclasses of Tensor on models",
+    "tests/igpt/commands/test_hostile.py": "options, names and outputs of all commands",
+    "tests/igpt/kernels/test_huggingface_weights.py": "use_kernels on models of transformers with other weights",
     "tests/igpt/training/test_resume.py": "pretrain, continued",
+    "tests/igpt/training/test_hostile.py": "run folders that someone spoiled, moved or removed",
     "tests/benchmarks/report/test_report.py": "all of benchmarks/report",
 }
 """Test files that stand for a subject instead of a module."""

@@ -224,11 +224,12 @@ class Module(nn.Module):
 
 
 def compiled(function: Function, x: list[Tensor]) -> Any:
+    """The first operand is an argument, the others are parameters of a module, as in a model."""
     torch.compiler.reset()
-    run = torch.compile(lambda *x: function(*x), fullgraph=True, dynamic=True, backend="aot_eager")
-    leaves = [each.clone().requires_grad_() for each in x]
-    out = run(*leaves)
-    return out, torch.autograd.grad(out.square().sum(), leaves)
+    module = Module(function, [each.clone() for each in x[1:]])
+    first = x[0].clone().requires_grad_()
+    out = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")(first)
+    return out, torch.autograd.grad(out.square().sum(), [first, *module.parameters()])
 
 
 def empty(function: Function, x: list[Tensor]) -> Any:
