@@ -274,12 +274,11 @@ def _lookup(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.
     channel_dim = _checked_pixels(pixels, channel_dim)
     _check_dtype(dtype, table.size)
     from_last = pixels.ndim - channel_dim
-    return over_leading(functools.partial(_find, table, from_last=from_last, dtype=dtype, backend=backend), pixels)
+    return over_leading(lambda pixels: _find(table, pixels, pixels.ndim - from_last, dtype, backend), pixels)
 
 
-def _find(table: PaletteTable, pixels: Tensor, from_last: int, dtype: torch.dtype, backend: Backend) -> Tensor:
-    """`palette_lookup` of pixels with red, green and blue in dimension ``-from_last``."""
-    channel_dim = pixels.ndim - from_last
+def _find(table: PaletteTable, pixels: Tensor, channel_dim: int, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """`palette_lookup` of checked arguments."""
     chosen = _choose(backend, pixels.device, "palette_lookup")
     if chosen == "reference":
         colors = table._colors.to(pixels.device)

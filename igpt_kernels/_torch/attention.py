@@ -25,10 +25,12 @@ def dense_rows(*tensors: Tensor) -> list[Tensor]:
     The distance of rows is a leading dimension of its matrices. Below the width of one, it reads something else (torch 2.13),
     even where there is one row only.
     """
-    return [
-        x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.clone(memory_format=torch.contiguous_format)
-        for x in tensors
-    ]
+    return [x if _is_dense(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _is_dense(x: Tensor) -> bool:
+    strides = x.stride()
+    return strides[-1] == 1 and strides[-2] >= x.shape[-1]
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,8 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
         past = cpu_forward(q, k[:, :, :before], v[:, :, :before], 0.0, False, scale=scale)
         square = cpu_forward(q, k[:, :, before:], v[:, :, before:], 0.0, True, scale=scale)
         out, lse = merge(*past, *square)
-    return in_heads_order(out).to(dtype), lse.contiguous()
+    out = in_heads_order(out)
+    return out if out.dtype == dtype else out.to(dtype), lse.contiguous()
 
 
 def flash_backward(

@@ -520,5 +520,5 @@ def test_a_layout_is_found_while_one_of_its_key_lives(first_goes: bool) -> None:
     assert layouts.registered(two[0].key) == two[0]
     key = two.pop().key
     gc.collect()
-    with pytest.raises(KeyError, match="no layout .* is alive"):
+    with pytest.raises(KeyError, match=r"no layout .* is alive"):
         layouts.registered(key)
