@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test quick test-hf gpu tune check audit mutants soak format bench golden wheel clean
+.PHONY: help env demo test quick test-hf gpu tune check audit mutants soak fuzz format bench golden wheel clean
 
 help: ## This list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,11 @@ $(FUZZ): tests/csrc/fuzz.cpp $(wildcard csrc/*.h) csrc/palette.cpp
 
 soak: $(FUZZ) ## The C++ of csrc under sanitizers, fuzzed for SECONDS_OF_SOAK (default 300), another seed each day.
 	@$(FUZZ) $${SECONDS_OF_SOAK:-300} $${SEED:-$$(date +%Y%m%d)000000}
+
+# Calls of public functions with wrong values; each refusal must name its argument in one line.
+fuzz: env ## Public functions with wrong arguments, CALLS of them (default 20,000; the suite makes 1,600).
+	@IGPT_FUZZ_CALLS=$${CALLS:-20000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $${JOBS:-2} \
+		tests/igpt_kernels/test_checks.py tests/igpt/model/test_arguments.py
 
 mutants: env ## Break the kernels one line at a time; each break must be caught by a named test (minutes).
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants

@@ -22,7 +22,7 @@ from igpt_kernels import backends
 from igpt_kernels._native import load
 from igpt_kernels._ops.transforms import over_leading
 from igpt_kernels._torch import palette as torch_palette
-from igpt_kernels.checks import INT_DTYPES, check_memory, check_tensor, check_whole
+from igpt_kernels.checks import FLOAT_DTYPES, INT_DTYPES, check_memory, check_tensor, check_whole
 from igpt_kernels.reference import palette_lookup_reference
 from igpt_kernels.tensors import shown
 
@@ -322,7 +322,9 @@ def _checked_colors(colors: Any) -> Tensor:
     if isinstance(colors, Tensor):
         check_tensor("colors", colors)
         check_memory({"colors": colors})
-        real = not (colors.is_complex() or colors.dtype == torch.bool)
+        if colors.is_meta:
+            raise ValueError("colors must have values, got a tensor on the device meta")
+        real = colors.dtype in (*FLOAT_DTYPES, *INT_DTYPES, torch.uint64)
         kind, shape = f"a tensor of {colors.dtype}", list(colors.shape)
     else:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, get_args
 
 from igpt.checks import Between, Count, check_fields, from_mapping
@@ -83,6 +83,9 @@ class ImageGPTConfig:
         """Build from a mapping; an unknown or missing key raises `ConfigError` naming it."""
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise ArgumentTypeError(f"values must be a dict of settings by name, got {shown(values)}")
+        missing = [one.name for one in fields(cls) if one.default is one.default_factory is MISSING and one.name not in values]
+        if missing:
+            raise ConfigError(f"values must have {', '.join(missing)}, got {shown(values)}")
         return from_mapping(cls, values)
 
 
