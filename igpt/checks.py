@@ -25,7 +25,8 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.errors import ArgumentTypeError, ConfigError
+from igpt_kernels.messages import shown
 
 T = TypeVar("T")
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from igpt.console import one_line
+
 
 class IgptError(ValueError):
     """A mistake that the user can mend: the message names the argument or file, what was got, and what is wanted.
@@ -17,10 +19,7 @@ class IgptError(ValueError):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if text.isprintable():
-            return text
-        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+        return one_line(super().__str__())
 
 
 class ConfigError(IgptError):
@@ -49,21 +48,6 @@ class NonFiniteError(IgptError):
 
 class MissingExtra(IgptError, ImportError):
     """An optional package is not installed; the message is the command that installs it."""
-
-
-def shown(value: object) -> str:
-    """What came, for the end of a message: one line, cut where it is long; of arrays and tensors dtype and shape."""
-    dtype, device = getattr(value, "dtype", None), str(getattr(value, "device", "cpu"))
-    if dtype is not None and not isinstance(value, type):
-        try:
-            shape = f" {list(getattr(value, 'shape'))}"  # noqa: B009
-        except Exception:  # a nested tensor has no shape to list
-            shape = ""
-        if shape == " []" and device == "cpu":
-            return " ".join(repr(value).split())
-        return f"{type(value).__name__}{shape} of {dtype}{'' if device == 'cpu' else f' on {device}'}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

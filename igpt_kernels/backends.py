@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import self_check, tuning
+from igpt_kernels.messages import shown
 from igpt_kernels.self_check_cases import CASES
-from igpt_kernels.tensors import needs_plain_operations, python_number, shown
+from igpt_kernels.tensors import needs_plain_operations, python_number
 
 
 @dataclass(frozen=True)

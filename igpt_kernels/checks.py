@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from igpt_kernels.layouts import SparseLayout, joined
-from igpt_kernels.tensors import is_readable, python_number, shown
+from igpt_kernels.messages import shown
+from igpt_kernels.tensors import is_readable, python_number
 
 # A whole number can be finite and above it; comparisons find that, `float` raises OverflowError.
 _LARGEST = sys.float_info.max

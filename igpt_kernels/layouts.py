@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from igpt_kernels.caches import kept
+from igpt_kernels.messages import shown
 from igpt_kernels.patterns import UNBOUNDED, Box, Fn, Intersection, Pattern, Predicate, Union, predicate, split
 
 if TYPE_CHECKING:
@@ -57,16 +58,10 @@ def _integer(name: str, value: object, low: int, high: int = MOST_TOKENS) -> int
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if number < low:
         least = f"at least {low}" if low else "0 or more"
-        raise ValueError(f"{name} must be {least}, got {_short(number)}")
+        raise ValueError(f"{name} must be {least}, got {shown(number)}")
     if number > high:
-        raise ValueError(f"{name} must be at most {high}, got {_short(number)}")
+        raise ValueError(f"{name} must be at most {high}, got {shown(number)}")
     return number
-
-
-def _short(value: object, most: int = 60) -> str:
-    """A value in a message: on one line, and not long."""
-    text = "a number of many digits" if isinstance(value, int) and abs(value) >= 10**50 else ascii(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _check_causal(causal: object) -> None:
@@ -92,7 +87,7 @@ def _check_device(device: torch.device | str | None) -> torch.device | None:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device must be a torch.device or its name, got {_short(device)}") from error
+        raise ValueError(f"device must be a torch.device or its name, got {shown(device)}") from error
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ class SparseLayout:
             if isinstance(x, bool) or not isinstance(x, numbers.Integral):
                 raise TypeError(f"{name} must be an int or an integer tensor, got {type(x).__name__}")
             if not 0 <= x < self.tokens:
-                raise ValueError(f"{name} must lie from 0 to {self.tokens - 1}, got {_short(int(x))} to {_short(int(x))}")
+                raise ValueError(f"{name} must lie from 0 to {self.tokens - 1}, got {shown(int(x))} to {shown(int(x))}")
             return torch.tensor(int(x))
         if x.dtype not in (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64):
             raise TypeError(f"{name} must be an int or an integer tensor, got {x.dtype}")
@@ -533,7 +528,7 @@ def _read(text: str, height: int, width: int, *, causal: bool) -> SparseLayout:
     """`parse`, which also reads what keys hold: parentheses around a union inside of an intersection."""
     if len(text) > _LONGEST_TEXT or text.count("+") + text.count("&") >= MOST_TERMS:
         raise ValueError(
-            f"text: pattern may join {MOST_TERMS} patterns in {_LONGEST_TEXT} letters, got {len(text)} letters: {_short(text)}"
+            f"text: pattern may join {MOST_TERMS} patterns in {_LONGEST_TEXT} letters, got {len(text)} letters: {shown(text)}"
         )
     return _read_union(
         text, text, _DEEPEST, functools.partial(_read_term, text=text, height=height, width=width, causal=causal)
@@ -543,7 +538,7 @@ def _read(text: str, height: int, width: int, *, causal: bool) -> SparseLayout:
 def _read_union(part: str, text: str, deepest: int, read: Callable[[str], SparseLayout]) -> SparseLayout:
     """A union of intersections of terms."""
     if deepest < 0:
-        raise ValueError(f"text: pattern may have {_DEEPEST} parentheses in each other, got {_short(text)}")
+        raise ValueError(f"text: pattern may have {_DEEPEST} parentheses in each other, got {shown(text)}")
 
     def one(term: str) -> SparseLayout:
         inner = term.startswith("(") and term.endswith(")")
@@ -567,13 +562,13 @@ def _split(text: str, sign: str) -> list[str]:
 def _read_term(term: str, *, text: str, height: int, width: int, causal: bool) -> SparseLayout:
     found = re.fullmatch(r"\s*([a-z0-9_]+?)\s*(?::\s*([0-9]{1,20}(?:\s*,\s*[0-9]{1,20})*))?\s*", term)
     if found is None or found.group(1) not in _MAKERS:
-        raise ValueError(f"text: pattern must be of {FORMS}; got {_short(text)}")
+        raise ValueError(f"text: pattern must be of {FORMS}; got {shown(text)}")
     make, fewest, most, _ = _MAKERS[found.group(1)]
     given = [int(number) for number in found.group(2).split(",")] if found.group(2) else []
     if not fewest <= len(given) <= most:
         wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"text: pattern {found.group(1)} takes {wanted} numbers, got {len(given)} in {_short(text)}")
+        raise ValueError(f"text: pattern {found.group(1)} takes {wanted} numbers, got {len(given)} in {shown(text)}")
     try:
         return make(height, width, *given, causal=causal)
     except ValueError as error:
-        raise ValueError(f"text: pattern {_short(text)}: {error}") from error
+        raise ValueError(f"text: pattern {shown(text)}: {error}") from error

@@ -23,8 +23,8 @@ from igpt_kernels._native import load
 from igpt_kernels._ops.transforms import over_leading
 from igpt_kernels._torch import palette as torch_palette
 from igpt_kernels.checks import FLOAT_DTYPES, INT_DTYPES, check_memory, check_tensor, check_whole
+from igpt_kernels.messages import shown
 from igpt_kernels.reference import palette_lookup_reference
-from igpt_kernels.tensors import shown
 
 Backend = Literal["auto", "ext", "torch", "reference"]
 Maker = Literal["ext", "torch"]

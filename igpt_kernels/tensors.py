@@ -14,16 +14,6 @@ _BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorc
 _TRACED = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor", "TwoTensor")
 
 
-def shown(value: object) -> str:
-    """A value in an error's message: one line, at most 80 characters."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}"
-    if isinstance(value, np.ndarray):
-        return f"an array of {value.dtype}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def python_number(value: object) -> object:
     """The number that a scalar of NumPy stands for; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value

@@ -15,7 +15,8 @@ from igpt.data.orders import order
 from igpt.data.source import Source
 from igpt.data.threads import Threads
 from igpt.data.tokens import check_tokens
-from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.errors import ArgumentTypeError, ConfigError
+from igpt_kernels.messages import shown
 
 if TYPE_CHECKING:
     from igpt.palette.palette import Palette

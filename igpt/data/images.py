@@ -13,8 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 from igpt.checks import MAX_SIDE, check_int
 from igpt.data.pixels import decode
-from igpt.errors import ArgumentTypeError, DataError, shown
+from igpt.errors import ArgumentTypeError, DataError
 from igpt.files import describe, regular_size
+from igpt_kernels.messages import shown
 
 # Pillow warns above this many pixels and refuses above twice as many; the second number bounds our own option.
 MAX_PIXELS = 89_478_485

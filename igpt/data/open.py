@@ -11,7 +11,8 @@ from igpt.checks import MAX_SIDE, check_bool, check_int, check_path
 from igpt.data import sources
 from igpt.data.images import MAX_PIXELS, PILLOW_REFUSES, SUFFIXES
 from igpt.data.orders import split_indices
-from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.errors import ArgumentTypeError, ConfigError
+from igpt_kernels.messages import shown
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpt.checks import Between, check_int, check_number
-from igpt.errors import ConfigError, shown
+from igpt.errors import ConfigError
+from igpt_kernels.messages import shown
 
 _MOST = 1 << 28  # images, or draws at once: 2 GiB of indices
 _SHARE = Between(0.0, 1.0, high_open=True)

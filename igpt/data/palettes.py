@@ -11,10 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from igpt.checks import check_bool, check_int
 from igpt.data.source import Source
 from igpt.data.tokens import TokenSource
-from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.errors import ArgumentTypeError, ConfigError
 from igpt.palette.arrays import check_pixels
 from igpt.palette.kmeans import different_colors, even_draw
 from igpt.palette.palette import Palette
+from igpt_kernels.messages import shown
 
 _MIN_IMAGES = 4096  # that a sample of pixels comes from, where there are so many
 

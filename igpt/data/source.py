@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from igpt.checks import check_int
-from igpt.errors import ConfigError, DataError, shown
+from igpt.errors import ConfigError, DataError
+from igpt_kernels.messages import shown
 
 
 class Batch(NamedTuple):

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from igpt.checks import Between, check_bool, check_int, check_number
 from igpt.console import Console, aligned_table
-from igpt.errors import ConfigError, DataError, NonFiniteError, import_extra, shown
+from igpt.errors import ConfigError, DataError, NonFiniteError, import_extra
 from igpt.evaluation.features import extract, vote_masks
 from igpt.machine import versions
 from igpt.model.inference import check_finite, check_model
+from igpt_kernels.messages import shown
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT

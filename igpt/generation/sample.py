@@ -16,8 +16,9 @@ from torch import Tensor
 
 from igpt.checks import check_bool, check_int
 from igpt.console import Console
-from igpt.errors import ConfigError, DataError, NonFiniteError, shown
+from igpt.errors import ConfigError, DataError, NonFiniteError
 from igpt.generation.sampler import TokenSampler, exponential_noise, stream
+from igpt_kernels.messages import shown
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT

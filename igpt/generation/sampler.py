@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.checks import AtLeast, Between, check_int, check_number
-from igpt.errors import ConfigError, shown
+from igpt.errors import ConfigError
+from igpt_kernels.messages import shown
 
 # SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): number k of a stream is a few
 # integer operations on (stream, k), the same on every device and in every version of torch and NumPy.

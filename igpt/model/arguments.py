@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.errors import ArgumentTypeError, ConfigError
+from igpt_kernels.messages import shown
 
 _INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
 LARGEST = 2**31 - 1

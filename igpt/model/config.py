@@ -6,9 +6,10 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, get_args
 
 from igpt.checks import Between, Count, check_fields, from_mapping
-from igpt.errors import ArgumentTypeError, ConfigError, shown
+from igpt.errors import ArgumentTypeError, ConfigError
 from igpt.files import describe
 from igpt_kernels import layouts
+from igpt_kernels.messages import shown
 
 Objective = Literal["ar", "bert"]
 PresetName = Literal["tiny", "igpt-s", "igpt-m", "igpt-l", "igpt-xl"]

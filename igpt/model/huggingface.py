@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from igpt.checks import check_path
-from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, import_extra, shown
+from igpt.errors import CheckpointError, ConfigError, DataError, IgptError, import_extra
 from igpt.files import describe, replacing, write_json
 from igpt.model.config import ImageGPTConfig
 from igpt.model.weights import DTYPES, Source, Stored, files_of, headers, read, read_object, unwrapped
+from igpt_kernels.messages import shown
 
 if TYPE_CHECKING:
     from igpt.model.image_gpt import ImageGPT

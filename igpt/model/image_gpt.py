@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from igpt.checks import check_bool, check_int
-from igpt.errors import ArgumentTypeError, ConfigError, IgptError, shown
+from igpt.errors import ArgumentTypeError, ConfigError, IgptError
 from igpt.kernels import state
 from igpt.model.arguments import LARGEST, check_generator, check_mask, check_targets, check_tokens
 from igpt.model.config import ImageGPTConfig
@@ -31,6 +31,7 @@ from igpt_kernels import layouts
 from igpt_kernels.activation import quick_gelu as fused_quick_gelu
 from igpt_kernels.attention import block_sparse_attention, decode_attention, flash_attention
 from igpt_kernels.loss import linear_cross_entropy
+from igpt_kernels.messages import shown
 from igpt_kernels.norm import rms_norm
 
 if TYPE_CHECKING:

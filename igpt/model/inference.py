@@ -10,10 +10,11 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from igpt.errors import ArgumentTypeError, ConfigError, NonFiniteError, shown
+from igpt.errors import ArgumentTypeError, ConfigError, NonFiniteError
 from igpt.model.config import ImageGPTConfig
 from igpt.model.image_gpt import Attention, Block, ImageGPT, RMSNorm
 from igpt.model.plain import is_plain_tensor
+from igpt_kernels.messages import shown
 
 M = TypeVar("M", bound=nn.Module)
 # These compute the same in training and in evaluation.

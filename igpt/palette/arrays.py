@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from igpt.errors import DataError, shown
+from igpt.errors import DataError
 from igpt.files import describe
+from igpt_kernels.messages import shown
 
 
 def as_array(name: str, value: Any) -> NDArray[Any]:

@@ -77,9 +77,12 @@ def test_strides(layout: str, reduction: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3, 0.5])
 @pytest.mark.parametrize("step", [1, 7, 50, 51])
-def test_some_rows_at_a_time(step: int, z_loss: float, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_rows_at_a_time(
+    dtype: torch.dtype, step: int, z_loss: float, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch_loss, "rows_at_once", lambda vocab, device: step)
-    hidden, weight, target = inputs(50, 12, 9, torch.float32)
+    hidden, weight, target = inputs(50, 12, 9, dtype)
     compare(hidden, weight, target, z_loss=z_loss, reduction=reduction)
 
 
