@@ -6,7 +6,7 @@ TRANSFORMERS ?= 5.24.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-torch-$(TORCH)-triton-$(TRITON)
-SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*.* csrc/cpu/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test quick test-hf gpu tune check audit mutants soak fuzz format bench golden wheel clean
@@ -60,14 +60,21 @@ audit: env ## Compile every shipped kernel configuration without a GPU: register
 	@$(BIN)/python -m tools.audit && $(BIN)/python -m tools.audit_cuda
 
 # Needs a compiler only. The flags of the build where they touch numbers, and every check of memory and of arithmetic.
+SANITIZE := -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -Werror -ffp-contract=off -fno-omit-frame-pointer \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+CPU_KERNELS := $(addprefix csrc/cpu/,kernels.cpp portable.cpp avx2.cpp avx512.cpp)
 FUZZ ?= build/fuzz
 $(FUZZ): tests/csrc/fuzz.cpp $(wildcard csrc/*.h) csrc/palette.cpp
 	@mkdir -p $(dir $@)
-	@$${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -Werror -ffp-contract=off -fno-omit-frame-pointer \
-		-fsanitize=address,undefined -fno-sanitize-recover=all tests/csrc/fuzz.cpp csrc/palette.cpp -o $@
+	@$${CXX:-c++} $(SANITIZE) tests/csrc/fuzz.cpp csrc/palette.cpp -o $@
 
-soak: $(FUZZ) ## The C++ of csrc under sanitizers, fuzzed for SECONDS_OF_SOAK (default 300), another seed each day.
-	@$(FUZZ) $${SECONDS_OF_SOAK:-300} $${SEED:-$$(date +%Y%m%d)000000}
+$(FUZZ)_cpu: tests/csrc/fuzz_cpu.cpp $(wildcard csrc/cpu/*)
+	@mkdir -p $(dir $@)
+	@$${CXX:-c++} $(SANITIZE) tests/csrc/fuzz_cpu.cpp $(CPU_KERNELS) -o $@
+
+soak: $(FUZZ) $(FUZZ)_cpu ## The C++ of csrc under sanitizers, fuzzed for twice SECONDS_OF_SOAK (default 150), another seed each day.
+	@$(FUZZ) $${SECONDS_OF_SOAK:-150} $${SEED:-$$(date +%Y%m%d)000000}
+	@$(FUZZ)_cpu $${SECONDS_OF_SOAK:-150} $${SEED:-$$(date +%Y%m%d)000000}
 
 # Calls of public functions with wrong values; each refusal must name its argument in one line.
 fuzz: env ## Public functions with wrong arguments, CALLS of them (default 20,000; the suite makes 1,600).

@@ -10,24 +10,15 @@
 #include <atomic>
 
 #include "palette.h"
+#include "share.h"
 
 namespace {
 
+using igpt::share;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kShare = 32768;  // pixels: some 40 us of work, enough to repay the start of a thread
-
-// Calls work(i) for 0 <= i < count, on all threads of torch. They take one i after another, because blocks of the table
-// differ widely in cost, and because a core may be busy elsewhere.
-template <class Work>
-void share(int64_t count, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) work(i);
-  });
-}
 
 Tensor palette_table(const Tensor& colors) {
   STD_TORCH_CHECK(colors.is_cpu() && colors.scalar_type() == ScalarType::Double && colors.is_contiguous() &&

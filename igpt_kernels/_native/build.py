@@ -122,11 +122,11 @@ def extension_arguments(csrc: Path) -> dict[str, Any]:
     except (ImportError, OSError) as error:  # OSError: a torch whose own libraries do not load
         _go_on_without(f"torch cannot be imported: {error}; install torch first and build with --no-build-isolation")
         return {}
-    headers = [str(csrc / name) for name in ("palette.h", "palette_cuda.h", "palette_device.h", "palette_plan.h", "pixels.h")]
+    headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/*.inc") for path in sorted(csrc.glob(pattern))]
     extensions = [
         cpp_extension.CppExtension(
             LIBRARIES[0],
-            [str(csrc / name) for name in ("palette.cpp", "binding_cpu.cpp")],
+            [str(path) for path in (csrc / "palette.cpp", csrc / "binding_cpu.cpp", *sorted((csrc / "cpu").glob("*.cpp")))],
             depends=headers,
             define_macros=[ABI],
             extra_compile_args=list(CXX_FLAGS),

@@ -25,7 +25,7 @@ LIMIT = 600.0
 def folder() -> Path:
     """Where the libraries of these sources, for this kind of machine, are or would be."""
     digest = hashlib.sha256(Path(build.__file__).read_bytes())
-    for path in sorted(build.sources().glob("*")):
+    for path in sorted(path for path in build.sources().rglob("*") if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     name = f"{digest.hexdigest()[:16]}-torch{build.ABI[1][:6]}-{sys.platform}-{platform.machine()}"
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

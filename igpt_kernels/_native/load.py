@@ -17,7 +17,10 @@ _LIBRARIES: dict[Device, Path] = {
     "cpu": Path(__file__).resolve().parents[1] / "_C.abi3.so",
     "cuda": Path(__file__).resolve().parents[1] / "_C_cuda.abi3.so",
 }
-_OPERATORS = ("palette_table", "palette_lookup", "palette_pixels")
+_OPERATORS: dict[Device, tuple[str, ...]] = {
+    "cpu": ("palette_table", "palette_lookup", "palette_pixels", "cpu_cross_entropy", "cpu_decode"),
+    "cuda": ("palette_table", "palette_lookup", "palette_pixels"),
+}
 _REBUILD = "run `igpt info --build`, or `python3 setup.py build_ext --inplace` in the source tree, or reinstall igpt-kernels"
 
 _lock = threading.RLock()
@@ -126,7 +129,7 @@ def _load(device: Device) -> ExtensionStatus:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [
         name
-        for name in _OPERATORS
+        for name in _OPERATORS[device]
         if not (hasattr(torch.ops.igpt_kernels, name) and has_kernel(f"igpt_kernels::{name}", device.upper()))
     ]
     if missing:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpt_kernels import PaletteTable, palette, palette_lookup
+from igpt_kernels import PaletteTable, backends, palette, palette_lookup
 from igpt_kernels._native import load
 
 load.status()  # loads the operators, whichever test runs first
@@ -57,6 +57,10 @@ def test_without_the_library_auto_is_torch_and_ext_is_refused() -> None:
     with pytest.raises(ValueError, match=r"PaletteTable cannot run with backend='ext'.*was not built.*IGPT_JIT=0 forbids"):
         PaletteTable(COLORS, backend="ext")
     assert table.pixels_of(tokens).shape == PIXELS.shape
+    for op, size in (("decode_attention", 64), ("linear_cross_entropy", 512)):
+        assert backends.select(op, "auto", (torch.zeros(2, 3),), size) == "torch"
+        with pytest.raises(backends.BackendUnavailable, match=r"backend='ext'.*was not built"):
+            backends.select(op, "ext", (torch.zeros(2, 3),), size)
 
 
 def test_auto_is_ext_and_torch_by_name_never_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +99,7 @@ def test_a_library_that_does_not_load_says_why() -> None:
 
 
 def test_a_library_of_older_sources_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_OPERATORS", (*load._OPERATORS, "palette_dither"))
+    monkeypatch.setitem(load._OPERATORS, "cpu", (*load._OPERATORS["cpu"], "palette_dither"))
     status = load._load("cpu")
     assert not status.loaded
     assert "is out of date (it lacks palette_dither)" in status.reason
