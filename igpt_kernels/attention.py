@@ -166,7 +166,8 @@ def decode_attention(
         layout: the pattern of the image that is being drawn, one for all heads or a sequence of H; the query stands at
             position ``length - 1``, and only the keys it may see are read. None: all of them.
         scale: factor of the scores; ``1/sqrt(D)`` when None.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``, as for `flash_attention`.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``, as for `flash_attention`; ``"ext"`` (C++, CPU, no
+            float64).
 
     Returns:
         [B,H,1,D], dtype of q.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from igpt_kernels import self_check, tuning
+from igpt_kernels._native import load
 from igpt_kernels.messages import shown
 from igpt_kernels.self_check_cases import CASES
 from igpt_kernels.tensors import needs_plain_operations, python_number
@@ -58,6 +59,11 @@ def _torch(functions: Mapping[str, str]) -> Implementation:
     return Implementation("torch", {step: f"igpt_kernels._torch.{place}" for step, place in functions.items()})
 
 
+def _ext(functions: Mapping[str, str]) -> Implementation:
+    places = {step: f"igpt_kernels.{place}" for step, place in functions.items()}
+    return Implementation("ext", places, (torch.float16, torch.bfloat16, torch.float32), ("cpu",), requires="ext")
+
+
 _REFERENCE = Implementation("reference")
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "flash_attention": (
@@ -81,6 +87,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "decode_attention": (
         _triton({"dense": "decode:launch_decode", "sparse": "sparse_decode:launch_sparse_decode"}, max_size=256),
+        _ext({"dense": "_cpu.decode:decode", "sparse": "_cpu.decode:sparse_decode"}),
         _torch({"dense": "decode:decode", "sparse": "decode:sparse_decode"}),
         _REFERENCE,
     ),
@@ -108,6 +115,10 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
             },
             min_size=2,
             max_size=8192,
+        ),
+        _ext(
+            {step: f"_cpu.loss:cross_entropy_{step}" for step in ("rows", "rows_backward", "sum")}
+            | {step: f"_torch.loss:cross_entropy_{step}" for step in ("scale_", "scaled")}
         ),
         _torch({step: f"loss:cross_entropy_{step}" for step in ("rows", "rows_backward", "sum", "scale_", "scaled")}),
         _REFERENCE,
@@ -162,7 +173,7 @@ def reasons(
             found.append(f"{size_name} {size} is above {implementation.max_size}")
     if implementation.requires == "triton":
         found.extend(_without_triton(device))
-    elif implementation.requires == "ext":
+    elif implementation.requires == "ext" and device.type in (implementation.devices or (device.type,)):
         found.extend(_without_extension(device))
     return found
 
@@ -194,8 +205,6 @@ def _without_triton(device: torch.device) -> list[str]:
 
 def _without_extension(device: torch.device) -> list[str]:
     """Why the compiled extension does not serve tensors of `device`."""
-    from igpt_kernels._native import load
-
     if not load.status().loaded:
         return [load.status().reason]
     if device.type == "cuda" and not load.status("cuda").loaded:

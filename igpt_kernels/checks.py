@@ -213,11 +213,17 @@ def check_loss(
     if not _is_number(factor) or not 0 <= factor <= _LARGEST:
         raise ValueError(f"z_loss must be a finite number from 0 on, got {shown(z_loss)}")
     check_memory({"hidden": hidden, "weight": weight, "target": target})
-    if is_readable(target):
+    if is_readable(target) and target.numel() and not _all_within(target, weight.shape[0]):
         wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignored)]
         if wrong.numel():
             raise ValueError(f"target must be from 0 to {weight.shape[0] - 1} or ignore_index {ignored}, got {int(wrong[0])}")
     return hidden, weight, target, ignored, float(factor)
+
+
+def _all_within(target: Tensor, classes: int) -> bool:
+    """Whether every target is a class: two numbers of one pass, which is all that most calls need."""
+    least, most = target.aminmax()
+    return int(least) >= 0 and int(most) < classes
 
 
 def check_length(length: object, *, batch: int, longest: int, what: str = "the cache's") -> int | Tensor:

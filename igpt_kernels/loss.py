@@ -35,8 +35,9 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over the rows that count (NaN where none does, as F.cross_entropy has it, with zero gradients),
             ``"sum"``, or ``"none"``.
         z_loss: factor of the squared lse, 0 or more.
-        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA); ``"torch"`` (some rows at a time, any device) or
-            ``"reference"`` (eager, all logits in memory). A name never falls back.
+        backend: ``"auto"``, or by name ``"triton"`` (fused kernels, CUDA); ``"ext"`` (C++ between torch's products, CPU, no
+            float64); ``"torch"`` (some rows at a time, any device) or ``"reference"`` (eager, all logits in memory). A name
+            never falls back.
 
     Returns:
         A scalar, or [...] for ``"none"``; float32, float64 for float64 inputs.
@@ -49,14 +50,15 @@ def linear_cross_entropy(
         RuntimeError: in a second derivative; only the reference has one.
 
     Under torch.autocast hidden and weight are cast to its dtype; the loss stays float32. Sums are float32 whatever the dtype.
-    Logits are rounded to it, as a linear layer does; but not where Triton makes no gradients. Deterministic, bit for bit.
+    Logits are rounded to it, as a linear layer does; but not where Triton makes no gradients, nor float16 in C++.
+    Deterministic, bit for bit.
     In float32, products follow torch's setting for TF32, which is off by default; those of Triton's kernel are true float32.
 
     Cost: 2·M·C·V floating point operations, M rows, and twice that for the gradients. Where grad mode is on, ``"mean"`` and
     ``"sum"`` make those in the forward pass, and in every further backward call. ``"none"`` computes the logits again in the
     backward pass, three times 2·M·C·V. Memory beyond inputs and gradients, with Triton: 32 MiB of logits (64 in float32);
-    sums of weight's gradient in float32, 9 MB and more; a few values a row. On the CPU: some parts of 2²⁰ values in float32
-    (64 rows at least), and such sums. torch.compile keeps a second hidden's gradient.
+    sums of weight's gradient in float32, 9 MB and more; a few values a row. On the CPU: some parts of 4 MiB of logits
+    (64 rows at least; with torch always float32), and such sums. torch.compile keeps a second hidden's gradient.
     """
     hidden, weight = autocast(hidden, weight)
     checked = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)

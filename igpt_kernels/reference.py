@@ -183,7 +183,7 @@ def linear_cross_entropy_reference(
     wide = wide.masked_fill(~counts[..., None], 0.0)
     lse = torch.logsumexp(wide, -1)
     picked = wide.gather(-1, target.masked_fill(~counts, 0)[..., None])[..., 0]
-    loss = (lse - picked + z_loss * lse.square()).masked_fill(~counts, 0.0)
+    loss = (lse - picked + z_loss * lse * lse).masked_fill(~counts, 0.0)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()

@@ -63,6 +63,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "devices": devices,
+        "cpu_kernels": torch.ops.igpt_kernels.cpu_kernels() if libraries["cpu"].loaded else "",
         "extension": {
             device: {"loaded": status.loaded, "path": str(status.path or ""), "reason": status.reason}
             for device, status in libraries.items()
@@ -121,6 +122,8 @@ def run_info(options: InfoOptions) -> None:
         print(f"device        {device}")
     for device, library in facts["extension"].items():
         words = f"loaded: {library['path']}" if library["loaded"] else f"not loaded: {library['reason']}"
+        if device == "cpu" and facts["cpu_kernels"]:
+            words += f" ({facts['cpu_kernels']} kernels)"
         print(f"extension     {device}: {words}")
     print(f"self-check    {facts['self_check']}")
     rows = [("operation", "device", "sizes", "dtypes", "auto takes (why not a faster one)")]

@@ -218,7 +218,7 @@ def use_kernels(
         attention: ``"auto"``, a backend by name (``"triton"``, ``"torch"``, ``"reference"``), or ``"off"`` / False.
         norm: the root-mean-square norms, likewise.
         mlp: the activation of the MLP, likewise.
-        loss: output matrix and cross-entropy without the logits, likewise; of igpt models only.
+        loss: output matrix and cross-entropy without the logits, likewise, also ``"ext"``; of igpt models only.
         palette: how `igpt.Palette.encode` looks colours up: ``"auto"``, ``"ext"``, ``"torch"``, ``"reference"``, or ``"off"``
             for plain PyTorch. Exact on every backend. With `model`, of that model's palette.
         strict: raise instead of going the plain way, now or in a later call, for operations not switched off.

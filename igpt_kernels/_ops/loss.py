@@ -14,7 +14,7 @@ from torch import Tensor
 from igpt_kernels._ops.shared import dispatch, once, register
 from igpt_kernels._ops.transforms import call
 from igpt_kernels._torch import loss as torch_loss
-from igpt_kernels.tensors import accumulation_dtype, is_plain
+from igpt_kernels.tensors import accumulation_dtype, is_plain, is_readable
 
 
 def _rows_fake(
@@ -43,7 +43,7 @@ def _sum_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = accumulation_dtype(hidden.dtype)
     dhidden, dweight = _gradients_fake(hidden, weight, need_hidden, need_weight)
-    return hidden.new_empty((), dtype=dtype), dhidden, dweight.to(dtype)
+    return hidden.new_empty((), dtype=dtype), dhidden, dweight.to(torch_loss.sum_dtype(hidden.dtype, backend))
 
 
 def _scaled_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
@@ -97,11 +97,17 @@ def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         factor = grad / torch_loss.rows_that_count(ctx.saved_tensors[2], ignore_index, grad.dtype, mean)
     recorded = torch.is_grad_enabled()  # create_graph=True
     # Nor in place where torch.compile traces, and where a batch of gradients shares dhidden (is_grads_batched).
-    if recorded or not is_plain(grad):
-        dhidden = cross_entropy_scaled(dhidden, factor, dtype, backend)
-    else:
-        cross_entropy_scale_(dhidden, factor, backend)
-    dweight = cross_entropy_scaled(dweight, factor, dtype, backend)
+    in_place = not recorded and is_plain(grad)
+    unchanged = in_place and is_readable(factor) and float(factor) == 1.0  # of loss.backward(), and nothing is launched
+
+    def scale(gradient: Tensor) -> Tensor:
+        if not in_place or gradient.dtype != dtype:
+            return cross_entropy_scaled(gradient, factor, dtype, backend)  # type: ignore[no-any-return]
+        if not unchanged:
+            cross_entropy_scale_(gradient, factor, backend)
+        return gradient
+
+    dhidden, dweight = scale(dhidden), scale(dweight)
     if recorded:
         dhidden, dweight = (once("linear_cross_entropy", x, ctx.saved_tensors[:2]) for x in (dhidden, dweight))
     return dhidden if need_hidden else None, dweight if need_weight else None, *(None,) * 7

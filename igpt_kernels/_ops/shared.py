@@ -15,9 +15,11 @@ from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
 from igpt_kernels import backends
+from igpt_kernels._native import load
 from igpt_kernels._ops import transforms
 
 _library = Library("igpt_kernels", "FRAGMENT")
+load.status()  # now: torch.compile reads whether the extension is there, and cannot trace how it is loaded
 
 
 def register(

@@ -92,14 +92,14 @@ def visible_by_layout(layout: str, k_cache: Tensor, length: int | Tensor) -> Ten
     batch, heads, longest = k_cache.shape[:3]
     keys = keys_in(layout)
     if len(keys) == 1:  # the number of heads may be symbolic
-        return _visible(keys[0], length, longest, batch, k_cache.device)[:, None, None]
+        return visible_by_key(keys[0], length, longest, batch, k_cache.device)[:, None, None]
     visible = torch.empty(batch, heads, 1, longest, dtype=torch.bool, device=k_cache.device)
     for key, members in groups_of(layout, heads):
-        visible[:, list(members), 0] = _visible(key, length, longest, batch, k_cache.device)[:, None]
+        visible[:, list(members), 0] = visible_by_key(key, length, longest, batch, k_cache.device)[:, None]
     return visible
 
 
-def _visible(key: str, length: int | Tensor, longest: int, batch: int, device: torch.device) -> Tensor:
+def visible_by_key(key: str, length: int | Tensor, longest: int, batch: int, device: torch.device) -> Tensor:
     """[B,Tmax] bool: what the queries at position ``length - 1`` see under a registered layout."""
     layout = registered(key)
     position = torch.arange(longest, device=device)
@@ -116,6 +116,14 @@ def _keys_of(key: str, query: int) -> Tensor:
     return layouts.keys_of(key, query)
 
 
+def visible_tokens(key: str, length: int) -> Tensor:
+    """The tokens that the query at position ``length - 1`` may see under a registered layout, of a cache of `length`: int64."""
+    if length == 0:
+        return torch.empty(0, dtype=torch.int64)
+    tokens = _keys_of(key, length - 1)
+    return tokens[: int(torch.searchsorted(tokens, length))]  # patterns that are not causal see ahead
+
+
 def sparse_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, groups: Sequence[Group], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -130,14 +138,12 @@ def sparse_decode(
             x if len(members) == heads else x[:, list(members)] for x in (q.contiguous(), k_cache, v_cache)
         )
         if not isinstance(length, Tensor):
-            # Non-causal patterns see ahead; a cache holds `length` keys.
-            tokens = _keys_of(key, length - 1)
-            tokens = tokens[: int(torch.searchsorted(tokens, length))].to(q.device)
+            tokens = visible_tokens(key, length).to(q.device)
             if len(tokens) == 0:
                 continue
             mine, log = attend(some_q, some_k.index_select(2, tokens), some_v.index_select(2, tokens), bias=None, scale=scale)
         else:
-            visible = _visible(key, length, k_cache.shape[2], batch, q.device)
+            visible = visible_by_key(key, length, k_cache.shape[2], batch, q.device)
             most = int(visible.sum(-1).max())
             if most == 0:
                 continue

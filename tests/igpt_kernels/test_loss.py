@@ -1,9 +1,10 @@
-"""Cross-entropy of a linear layer on the torch backend against the oracle in float64, and the oracle against torch's own."""
+"""Cross-entropy of a linear layer by torch and C++ against the oracle in float64, and the oracle against torch's own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_kernels import backends, linear_cross_entropy, testing
+from igpt_kernels._cpu import loss as cpu_loss
 from igpt_kernels._torch import loss as torch_loss
 from igpt_kernels.reference import linear_cross_entropy_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
+BACKENDS = ["torch", "ext"]
+on_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def inputs(
@@ -36,13 +40,13 @@ def result(call: Callable[..., Tensor], hidden: Tensor, weight: Tensor, grad: Te
     return [loss.detach(), *torch.autograd.grad(loss, leaves, grad.to(loss.dtype))]
 
 
-def compare(hidden: Tensor, weight: Tensor, target: Tensor, **how: object) -> None:
+def compare(hidden: Tensor, weight: Tensor, target: Tensor, backend: str, **how: object) -> None:
     """Loss and gradients within the budget of eager at the same dtype."""
     shape = target.shape if how.get("reduction") == "none" else ()
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(9))
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, target, backend="torch", **how)  # type: ignore[arg-type]
+        return linear_cross_entropy(hidden, weight, target, backend=backend, **how)  # type: ignore[arg-type]
 
     def oracle(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy_reference(hidden, weight, target, **how)  # type: ignore[arg-type]
@@ -58,37 +62,45 @@ def compare(hidden: Tensor, weight: Tensor, target: Tensor, **how: object) -> No
         testing.error_ratio(got, true, low, factor=factor, floor=floor * max(1.0, float(grad.abs().max())), name=name)
 
 
+@on_backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 1, 2), (2, 7, 2), (65, 24, 17), (200, 32, 512), (40, 100, 1000)])
-def test_error_is_within_the_budget_of_eager(rows: int, width: int, vocab: int, reduction: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab"), [(1, 1, 2), (2, 7, 2), (65, 24, 17), (200, 32, 512), (40, 100, 1000), (9, 8, 1), (70, 16, 200)]
+)
+def test_error_is_within_the_budget_of_eager(
+    rows: int, width: int, vocab: int, reduction: str, dtype: torch.dtype, backend: str
+) -> None:
     hidden, weight, target = inputs(rows, width, vocab, dtype, ignored=0.2 if rows > 2 else 0.0)
-    compare(hidden, weight, target, reduction=reduction)
+    compare(hidden, weight, target, backend, reduction=reduction)
 
 
+@on_backends
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("layout", testing.MEMORY_FORMATS)
-def test_strides(layout: str, reduction: str) -> None:
+def test_strides(layout: str, reduction: str, backend: str) -> None:
     hidden, weight, target = inputs(33, 20, 9, torch.float32, layout=layout)
-    compare(hidden, weight, torch.stack([target, target + 1], 1)[:, 0], reduction=reduction)
-    compare(hidden.t().contiguous().t(), weight.t().contiguous().t(), target, reduction=reduction)
+    compare(hidden, weight, torch.stack([target, target + 1], 1)[:, 0], backend, reduction=reduction)
+    compare(hidden.t().contiguous().t(), weight.t().contiguous().t(), target, backend, reduction=reduction)
 
 
+@on_backends
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3, 0.5])
 @pytest.mark.parametrize("step", [1, 7, 50, 51])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_some_rows_at_a_time(
-    dtype: torch.dtype, step: int, z_loss: float, reduction: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, step: int, z_loss: float, reduction: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_loss, "rows_at_once", lambda vocab, device: step)
+    monkeypatch.setattr(torch_loss, "rows_at_once", lambda columns, device, itemsize: step)
     hidden, weight, target = inputs(50, 12, 9, dtype)
-    compare(hidden, weight, target, z_loss=z_loss, reduction=reduction)
+    compare(hidden, weight, target, backend, z_loss=z_loss, reduction=reduction)
 
 
 def test_rows_at_once() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert torch_loss.rows_at_once(512, cpu) == 2048
+    assert torch_loss.rows_at_once(512, cpu, 2) == 4096
     assert torch_loss.rows_at_once(512, gpu) == 32768
     assert torch_loss.rows_at_once(10**6, cpu) == 64
 
@@ -123,6 +135,17 @@ def test_is_what_torch_computes(ignore_index: int, reduction: str, backend: str)
         torch.testing.assert_close(mine, true)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_without_a_z_loss_its_square_does_not_count(backend: str) -> None:
+    """Logits of 1e25 are those of a model that diverges. Their square is infinite, and 0 times that NaN."""
+    hidden, weight, target = inputs(9, 4, 5, torch.float32)
+    weight *= 1e25
+    found = result(lambda h, w: linear_cross_entropy(h, w, target, backend=backend), hidden, weight, torch.ones(()))
+    want = result(lambda h, w: F.cross_entropy(h @ w.t(), target), hidden, weight, torch.ones(()))
+    for mine, true in zip(found, want, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
 def test_oracle_is_the_equation_written_out() -> None:
     hidden, weight, target = inputs(6, 4, 5, torch.float64, ignored=0.0)
     target[2] = -100
@@ -137,7 +160,7 @@ def test_oracle_is_the_equation_written_out() -> None:
     assert float(got[2]) == pytest.approx(sum(losses) / 5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (2, 1, 3)])
 def test_any_leading_dimensions(shape: tuple[int, ...], backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +184,7 @@ def test_rows_that_are_no_view() -> None:
     assert (hidden.grad[:, -1] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_rows(reduction: str, backend: str) -> None:
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
@@ -172,7 +195,7 @@ def test_no_rows(reduction: str, backend: str) -> None:
     assert (dweight == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_row_counts(reduction: str, backend: str) -> None:
     """The mean is NaN, as torch has it, and its gradients are 0, as torch has them."""
@@ -188,7 +211,7 @@ def test_no_row_counts(reduction: str, backend: str) -> None:
     assert (dweight == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_not_a_number_stays_in_its_row(reduction: str, backend: str) -> None:
     hidden, weight, target = inputs(40, 8, 5, torch.float32, ignored=0.0)
@@ -246,16 +269,18 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("width", "vocab"), [(4, 512), (512, 2)])
-def test_memory_does_not_grow_with_rows_times_classes(width: int, vocab: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("module", [torch_loss, cpu_loss], ids=BACKENDS)
+def test_memory_does_not_grow_with_rows_times_classes(module: ModuleType, width: int, vocab: int, dtype: torch.dtype) -> None:
     rows = 20_000
     hidden, weight, target = inputs(rows, width, vocab, dtype)
     with Largest(hidden) as seen:  # dhidden is like it
-        _, lse = torch_loss.cross_entropy_rows(hidden, weight, target, -100, 0.0)
-        torch_loss.cross_entropy_rows_backward(torch.ones(rows), hidden, weight, target, lse, -100, 0.0, True, True)
-        _, dhidden, dweight = torch_loss.cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True, True)
+        _, lse = module.cross_entropy_rows(hidden, weight, target, -100, 0.0)
+        module.cross_entropy_rows_backward(torch.ones(rows), hidden, weight, target, lse, -100, 0.0, True, True)
+        _, dhidden, dweight = module.cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True, True)
         torch_loss.cross_entropy_scale_(dhidden, torch.full((), 2.0))
         torch_loss.cross_entropy_scaled(dweight, torch.ones(()), torch.float32)
-    assert seen.values == 1 << 20
+    narrow = module is cpu_loss and dtype == torch.bfloat16  # its logits stay in the dtype of hidden
+    assert seen.values == 1 << (21 if narrow else 20)
     if vocab > width:
         with Largest() as seen:
             linear_cross_entropy_reference(hidden, weight, target)
@@ -272,23 +297,26 @@ def test_a_factor_of_one_reads_no_gradient(dtype: torch.dtype) -> None:
         assert seen.values == largest
 
 
+@on_backends
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_same_bits_in_every_run(reduction: str) -> None:
+def test_the_same_bits_in_every_run(reduction: str, backend: str) -> None:
     hidden, weight, target = inputs(300, 24, 17, torch.bfloat16)
     grad = torch.ones(300) if reduction == "none" else torch.ones(())
     runs = [
-        result(lambda h, w: linear_cross_entropy(h, w, target, reduction=reduction), hidden, weight, grad) for _ in range(5)
+        result(lambda h, w: linear_cross_entropy(h, w, target, reduction=reduction, backend=backend), hidden, weight, grad)
+        for _ in range(5)
     ]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@on_backends
 @pytest.mark.parametrize("reduction", [pytest.param("mean", marks=pytest.mark.slow), "sum", "none"])
-def test_gradients_that_a_scaler_made_large(reduction: str) -> None:
+def test_gradients_that_a_scaler_made_large(reduction: str, backend: str) -> None:
     """float16 with a gradient of 2¹⁶, which it cannot hold, over so many rows that 1/M alone would be nothing."""
     rows = 100_000 if reduction == "mean" else 5000
     hidden, weight, target = inputs(rows, 16, 300, torch.float16)
     grad = torch.full((rows,), 2.0) if reduction == "none" else torch.tensor(65536.0 if reduction == "mean" else 2.0)
-    mine = result(lambda h, w: linear_cross_entropy(h, w, target, reduction=reduction), hidden, weight, grad)
+    mine = result(lambda h, w: linear_cross_entropy(h, w, target, reduction=reduction, backend=backend), hidden, weight, grad)
     exact = result(
         lambda h, w: linear_cross_entropy_reference(h, w, target, reduction=reduction), hidden.double(), weight.double(), grad
     )
@@ -318,7 +346,11 @@ def test_gradients_that_a_scaler_made_large(reduction: str) -> None:
         (lambda h, w, t: linear_cross_entropy(h, w, t, reduction="max"), ValueError, "mean, sum or none; got 'max'"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, z_loss=-1.0), ValueError, "z_loss must be .* got -1.0"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, z_loss=math.nan), ValueError, "z_loss must be .* got nan"),
-        (lambda h, w, t: linear_cross_entropy(h, w, t, backend="liger"), ValueError, "auto, triton, torch, reference.*liger"),
+        (
+            lambda h, w, t: linear_cross_entropy(h, w, t, backend="liger"),
+            ValueError,
+            "auto, triton, ext, torch, reference.*liger",
+        ),
         (lambda h, w, t: linear_cross_entropy(h, w, t, backend="triton"), backends.BackendUnavailable, "device cpu"),
     ],
 )

@@ -166,6 +166,7 @@ def test_opcheck(kind: str, dtype: torch.dtype) -> None:
     query = q[:, :, :1].detach().clone().requires_grad_()
     for lengths, length in ((None, 20), (None, 0), (torch.tensor([20, 0]), 0)):
         torch.library.opcheck(decode.sparse_decode, (query, k, v, lengths, length, layout, 0.3, "torch"))
+        torch.library.opcheck(decode.sparse_decode, (query, k, v, lengths, length, layout, 0.3, "ext"))
 
 
 @pytest.mark.slow
@@ -298,8 +299,12 @@ def test_a_hidden_key_cannot_spoil_the_result() -> None:
     torch.testing.assert_close(dirty[:, :, :128], clean[:, :, :128])
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, dtype) for name in ("torch", "reference") for dtype in (*DTYPES, torch.float64)]
+    + [("ext", dtype) for dtype in DTYPES],
+    ids=str,
+)
 @pytest.mark.parametrize("text", ["local2d:2", "row_column", "strided:5", "fixed:6,2", "column"])
 def test_decode(text: str, backend: str, dtype: torch.dtype) -> None:
     """Keys that the pattern hides are NaN: they may not be read into the result."""
@@ -320,14 +325,15 @@ def test_decode(text: str, backend: str, dtype: torch.dtype) -> None:
         testing.error_ratio(out, exact, eager, factor=2, floor=4 * float(v.abs().max()), name="decode")
 
 
-def test_decode_is_a_row_of_the_whole() -> None:
+@pytest.mark.parametrize("backend", ["torch", "ext"])
+def test_decode_is_a_row_of_the_whole(backend: str) -> None:
     q, k, v = inputs(72)
     each = [layouts.local2d(9, 8, 2), layouts.strided(9, 8)]
     whole = block_sparse_attention(q, k, v, each)
     for n in (1, 30, 72):
-        row = decode_attention(q[:, :, n - 1 : n], k, v, n, layout=each)
+        row = decode_attention(q[:, :, n - 1 : n], k, v, n, layout=each, backend=backend)
         torch.testing.assert_close(row, whole[:, :, n - 1 : n])
-    assert (decode_attention(q[:, :, :1], k, v, 0, layout=each) == 0).all()
+    assert (decode_attention(q[:, :, :1], k, v, 0, layout=each, backend=backend) == 0).all()
 
 
 def test_bad_arguments_are_named() -> None:

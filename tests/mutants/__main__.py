@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("attention", "sparse", "norm", "activation", "rows", "loss", "launch", "csrc")
+SUITES = ("attention", "sparse", "norm", "activation", "rows", "loss", "launch", "csrc", "cpu")
 
 
 def caught(mutant: Mutant, tests: str, copy: Path) -> str:

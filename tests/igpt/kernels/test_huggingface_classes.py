@@ -272,7 +272,9 @@ def test_hooks_on_what_a_swapped_module_calls_fire(model: Any, tokens: Tensor) -
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("op", ["attention", "norm", "mlp", "loss", "palette"])
 def test_a_name_that_does_not_exist_is_an_error(model: Any, op: str, strict: bool) -> None:
-    real = {"palette": ("ext", "torch", "reference")}.get(op, ("triton", "torch", "reference"))
+    real = {"palette": ("ext", "torch", "reference"), "loss": ("triton", "ext", "torch", "reference")}.get(
+        op, ("triton", "torch", "reference")
+    )
     names: list[Any] = ["cuda", "Triton", "", "flash", " torch", None, 1, 0, 1.0, b"torch", ["torch"], torch.tensor(True)]
     names += [name for name in ("ext", "triton") if name not in real]
     for target in (None, model, model.transformer, nn.Sequential(model), attention(model)):

@@ -237,6 +237,18 @@ def test_a_gradient_that_is_not_finite_stops_too(options: Options, monkeypatch: 
     assert [value for value in facts["grad_norms"].values() if isinstance(value, str)] == ["inf"]
 
 
+def test_a_validation_that_is_not_finite_stops_too(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.Trainer._losses
+
+    def losses(self: loop.Trainer, tokens: Any, *rest: Any) -> Any:
+        for value in real(self, tokens, *rest):
+            yield value * math.nan if tokens is self.data.val_tokens else value
+
+    monkeypatch.setattr(loop.Trainer, "_losses", losses)
+    with pytest.raises(NonFiniteError, match=r"the validation loss is not finite at step \d+\. A lower --lr often helps"):
+        pretrain(options(), progress=False)
+
+
 def test_a_weight_that_is_not_finite_is_never_saved(options: Options) -> None:
     given = options(lr=1e30, warmup=0, checkpoint_every=1, val_every=100)
     with pytest.raises(NonFiniteError):

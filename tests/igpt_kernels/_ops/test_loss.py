@@ -35,26 +35,30 @@ CASES += [((0, 3), "contiguous", torch.float32)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "layout", "dtype"), CASES, ids=str)
-def test_opcheck(shape: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "shape", "layout", "dtype"),
+    [(name, *case) for name in ("torch", "ext") for case in CASES if name == "torch" or case[2] != torch.float64],
+    ids=str,
+)
+def test_opcheck(backend: str, shape: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
     hidden, weight, target = leaves(*shape, dtype, layout)
     # opcheck takes no NaN, which the mean of no rows is. It sees that gradients with a factor (1/M in float16) are consumed.
     means = (False, True) if shape[0] and dtype != torch.float16 else (False,)
-    torch.library.opcheck(loss_ops.cross_entropy_rows, (hidden, weight, target, -100, 0.1, "torch"))
+    torch.library.opcheck(loss_ops.cross_entropy_rows, (hidden, weight, target, -100, 0.1, backend))
     for mean in means:
-        torch.library.opcheck(loss_ops.cross_entropy_sum, (hidden, weight, target, -100, 0.1, mean, True, True, "torch"))
+        torch.library.opcheck(loss_ops.cross_entropy_sum, (hidden, weight, target, -100, 0.1, mean, True, True, backend))
     hidden, weight = hidden.detach(), weight.detach()
-    loss, lse = loss_ops.cross_entropy_rows(hidden, weight, target, -100, 0.1, "torch")
+    loss, lse = loss_ops.cross_entropy_rows(hidden, weight, target, -100, 0.1, backend)
     for needed in NEEDS:
         torch.library.opcheck(
-            loss_ops.cross_entropy_rows_backward, (loss, hidden, weight, target, lse, -100, 0.1, *needed, "torch")
+            loss_ops.cross_entropy_rows_backward, (loss, hidden, weight, target, lse, -100, 0.1, *needed, backend)
         )
-        arguments = (hidden, weight, target, -100, 0.1, means[-1], *needed, "torch")
+        arguments = (hidden, weight, target, -100, 0.1, means[-1], *needed, backend)
         total, dhidden, dweight = loss_ops.cross_entropy_sum(*arguments)
         torch.library.opcheck(loss_ops.cross_entropy_sum, arguments)
         for gradient in (dhidden, dweight):
-            torch.library.opcheck(loss_ops.cross_entropy_scaled, (gradient, total, dtype, "torch"))
-            torch.library.opcheck(loss_ops.cross_entropy_scale_, (gradient, total, "torch"))
+            torch.library.opcheck(loss_ops.cross_entropy_scaled, (gradient, total, dtype, backend))
+            torch.library.opcheck(loss_ops.cross_entropy_scale_, (gradient, total, backend))
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

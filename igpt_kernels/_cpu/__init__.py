@@ -1,0 +1,1 @@
+"""CPU kernels of the compiled extension (csrc/cpu), one file an operation."""
