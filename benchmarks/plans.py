@@ -84,7 +84,8 @@ PLANS: dict[tuple[str, str], tuple[PlanEntry, ...]] = {
         PlanEntry("sparse", ops=("row_column",), resolutions=(64,), methods=("flex",)),
         PlanEntry("sparse", ops=("build",), resolutions=(64, 256)),
         PlanEntry("sparse", presets=("M", "L"), ops=("local2d:7",), resolutions=(32,), methods=("sparse",)),
-        PlanEntry("decode", resolutions=(32, 64, 128, 256)),
+        PlanEntry("decode", resolutions=(32, 64, 128, 256), ops=("dense", "local2d:7")),
+        PlanEntry("decode", resolutions=(8, 16, 32), ops=("lengths",)),
         PlanEntry("fused", resolutions=(32, 64), methods=("eager", "torch", "ours")),
         PlanEntry("fused", resolutions=(64,), methods=("compile",)),
         PlanEntry("palette", resolutions=(0, 32, 64, 256)),
@@ -139,13 +140,15 @@ FULL = tuple(
 
 
 def batch_of(suite: str, op: str, preset: str, tokens: int, device: str) -> int:
-    """Images at once: one on a CPU (palette: eight, above 128² two); on a GPU as many as fill it.
+    """Images at once: one on a CPU (palette: eight, above 128² two; decoding with lengths: up to 64); on a GPU many.
 
     Attention takes a million rows B·H·T, which is where targets are stated; decoding reads 256 MiB
     of keys and values, beyond any cache; fused operations run over 2¹⁸ pixels.
     """
     heads, head_dim = PRESETS[preset]
     if device == "cpu":
+        if op == "lengths":
+            return max(1, min(64, 2**16 // tokens))
         return (2 if tokens > 2**14 else 8) if suite == "palette" and op == "lookup" else 1
     wanted = {
         "attention": 2**20 // (heads * tokens),

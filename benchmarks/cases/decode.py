@@ -1,4 +1,4 @@
-"""Cases of decoding: the last pixel of an image, with keys and values in a cache."""
+"""Cases of decoding: the last pixel of an image with keys and values in a cache, and sequences that differ in length."""
 
 from __future__ import annotations
 
@@ -28,8 +28,15 @@ def prepare(case: Case, subject: Attention) -> Workload:
     return Workload({"forward": lambda: subject(*tensors)}, lambda: subject(*tensors), configuration(case))
 
 
-def _seen(case: Case, device: str) -> Tensor:
-    """The keys that the last query sees, bool [T]."""
+def lengths_of(case: Case, device: str | torch.device) -> Tensor:
+    """Keys that each sequence sees, int64 [B]: from one to all of them, evenly."""
+    return torch.linspace(1, case.tokens, case.batch, device=device).long() if case.batch > 1 else torch.tensor([case.tokens])
+
+
+def _seen(case: Case, device: str | torch.device) -> Tensor:
+    """The keys that the last query sees, bool [T]; of the operation "lengths" [B,1,1,T]."""
+    if case.op == "lengths":
+        return (torch.arange(case.tokens, device=device) < lengths_of(case, device)[:, None])[:, None, None]
     seen = torch.zeros(case.tokens, dtype=torch.bool, device=device)
     seen[layout_of(case).keys_of(case.tokens - 1).to(device)] = True
     return seen
@@ -47,8 +54,11 @@ def verify(case: Case, subject: Attention) -> float:
 
 
 def cost(case: Case, way: str) -> Cost:
-    """4·B·H·n·D operations and 2·B·H·n·D values read, n the keys seen."""
-    seen = case.tokens if case.op == "dense" else int(layout_of(case).keys_of(case.tokens - 1).numel())
+    """4·B·H·n·D operations and 2·B·H·n·D values read, n the keys seen (on average)."""
+    if case.op == "lengths":
+        seen = float(lengths_of(case, "cpu").double().mean())
+    else:
+        seen = case.tokens if case.op == "dense" else int(layout_of(case).keys_of(case.tokens - 1).numel())
     values = 2 * case.batch * case.width * seen
     size = getattr(torch, case.dtype).itemsize
     return Cost(2.0 * values, float(size * values), "memory", f"4·B·H·n·D, n = {seen:,} keys; keys and values read once")
@@ -62,19 +72,35 @@ def _eager(case: Case) -> Attention:
     return run
 
 
+def _masked(case: Case) -> Attention:
+    """With a mask that is made once. What it hides takes as long as what it shows."""
+    mask = _seen(case, case.device)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def _ours(case: Case) -> Attention:
     import igpt_kernels
 
+    if case.op == "lengths":
+        lengths = lengths_of(case, case.device)
+        return lambda q, k, v: igpt_kernels.decode_attention(q, k, v, lengths)
     layout = None if case.op == "dense" else layout_of(case)
     return lambda q, k, v: igpt_kernels.decode_attention(q, k, v, case.tokens, layout=layout)
 
 
-METHODS = {
-    "eager": Method(_eager),
-    "sdpa": Method(lambda case: lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
-    "decode": Method(_ours, public="decode_attention"),
-}
+OURS = Method(_ours, public="decode_attention")
+DENSE = {"eager": Method(_eager), "sdpa": Method(lambda case: F.scaled_dot_product_attention), "decode": OURS}
 OPERATIONS = [
-    Operation("decode", "dense", ("decode_attention",), ("forward",), prepare, verify, cost, METHODS),
-    Operation("decode", "local2d:7", ("decode_attention",), ("forward",), prepare, verify, cost, {"decode": METHODS["decode"]}),
+    Operation("decode", "dense", ("decode_attention",), ("forward",), prepare, verify, cost, DENSE),
+    Operation("decode", "local2d:7", ("decode_attention",), ("forward",), prepare, verify, cost, {"decode": OURS}),
+    Operation(
+        "decode",
+        "lengths",
+        ("decode_attention",),
+        ("forward",),
+        prepare,
+        verify,
+        cost,
+        {"sdpa": Method(_masked), "decode": OURS},
+    ),
 ]
