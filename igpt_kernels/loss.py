@@ -57,8 +57,8 @@ def linear_cross_entropy(
     Cost: 2·M·C·V floating point operations, M rows, and twice that for the gradients. Where grad mode is on, ``"mean"`` and
     ``"sum"`` make those in the forward pass, and in every further backward call. ``"none"`` computes the logits again in the
     backward pass, three times 2·M·C·V. Memory beyond inputs and gradients, with Triton: 32 MiB of logits (64 in float32);
-    sums of weight's gradient in float32, 9 MB and more; a few values a row. On the CPU: some parts of 4 MiB of logits
-    (64 rows at least; with torch always float32), and such sums. torch.compile keeps a second hidden's gradient.
+    sums of weight's gradient in float32, 9 MB and more; a few values a row. On the CPU: some parts of 2²⁰ logits in float32
+    (64 rows at least; in bfloat16 with C++ 2²²), and such sums. torch.compile keeps a second hidden's gradient.
     """
     hidden, weight = autocast(hidden, weight)
     checked = check_loss(hidden, weight, target, ignore_index, reduction, z_loss)

@@ -40,8 +40,14 @@ bool holds(const Tensor& x, ScalarType type, int64_t size) {
   return x.is_cpu() && x.scalar_type() == type && x.is_contiguous() && x.dim() == 1 && x.size(0) == size;
 }
 
-void cpu_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& factor, int64_t ignore_index,
-                       double z_loss, const Tensor& loss, const Tensor& lse) {
+int64_t cpu_count(const Tensor& target, int64_t ignore_index) {
+  STD_TORCH_CHECK(holds(target, ScalarType::Long, target.numel()), "target must be a contiguous int64 CPU tensor [M]");
+  const auto* labels = static_cast<const int64_t*>(target.const_data_ptr());
+  return target.numel() - std::count(labels, labels + target.numel(), ignore_index);
+}
+
+void cpu_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& factor, double every_factor,
+                       int64_t ignore_index, double z_loss, const Tensor& loss, const Tensor& lse) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) == 1) && logits.size(1) >= 1 &&
                       type_of(logits) != Type::kHalf,
                   "logits must be a float32 or bfloat16 CPU tensor [M, V] whose rows lie without gaps");
@@ -59,13 +65,14 @@ void cpu_cross_entropy(const Tensor& logits, const Tensor& target, const std::op
   of.z_loss = static_cast<float>(z_loss);
   of.loss = static_cast<float*>(loss.mutable_data_ptr());
   of.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const float one = static_cast<float>(every_factor);
   if (factor.has_value()) {
-    const bool one = factor->dim() == 0;
-    STD_TORCH_CHECK(factor->is_cpu() && factor->scalar_type() == ScalarType::Float &&
-                        (one || (factor->dim() == 1 && factor->size(0) == rows)),
-                    "factor must be a float32 CPU tensor [] or [M]");
+    STD_TORCH_CHECK(factor->is_cpu() && factor->scalar_type() == ScalarType::Float && factor->dim() == 1 && factor->size(0) == rows,
+                    "factor must be a float32 CPU tensor [M]");
     of.factor = static_cast<const float*>(factor->const_data_ptr());
-    of.factor_stride = one ? 0 : factor->stride(0);
+    of.factor_stride = factor->stride(0);
+  } else if (every_factor != 0.0) {
+    of.factor = &one;
   }
   const int64_t piece = std::max<int64_t>(1, kLogits / vocab);
   const int64_t scratch = of.factor != nullptr && of.type != Type::kFloat ? vocab : 0;
@@ -180,15 +187,17 @@ std::string cpu_kernels() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(igpt_kernels, m) {
   m.def("cpu_kernels() -> str");
+  m.def("cpu_count(Tensor target, int ignore_index) -> int");
   m.def(
-      "cpu_cross_entropy(Tensor(a!) logits, Tensor target, Tensor? factor, int ignore_index, float z_loss, Tensor(b!) loss,"
-      " Tensor(c!) lse) -> ()");
+      "cpu_cross_entropy(Tensor(a!) logits, Tensor target, Tensor? factor, float every_factor, int ignore_index, float z_loss,"
+      " Tensor(b!) loss, Tensor(c!) lse) -> ()");
   m.def(
       "cpu_decode(Tensor q, Tensor k, Tensor v, Tensor? lengths, int length, Tensor? keys, Tensor? begins, Tensor? heads,"
       " float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(igpt_kernels, CPU, m) {
+  m.impl("cpu_count", TORCH_BOX(&cpu_count));
   m.impl("cpu_cross_entropy", TORCH_BOX(&cpu_cross_entropy));
   m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
 }

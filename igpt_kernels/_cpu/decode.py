@@ -38,7 +38,7 @@ def sparse_decode(
     out, lse = empty_heads(q), empty_lse(q)
     q, k, v = (_with_rows(x) for x in (q, k_cache, v_cache))
     for key, members in groups:
-        heads = None if len(members) == q.shape[1] else torch.tensor(members)
+        heads = None if len(members) == q.shape[1] else torch.tensor(members, device=q.device)
         begins = None
         if isinstance(length, Tensor):
             visible = visible_by_key(key, length, k.shape[2], q.shape[0], q.device)

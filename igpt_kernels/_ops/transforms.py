@@ -1,9 +1,10 @@
-"""Operators under the transforms of torch.func: grad, vjp, jacrev, vmap, and these inside one another.
+"""How a registered operator is called: in eager mode, and under the transforms of torch.func (grad, vmap, and so on).
 
-torch.library's autograd is not seen by them (torch 2.11 and 2.13: "must override the setup_context staticmethod"). So each
+torch.library's autograd is not seen by those (torch 2.11 and 2.13: "must override the setup_context staticmethod"). So each
 operator that can be differentiated has a `torch.autograd.Function` of the same forward and backward, with a rule for vmap.
-`call` takes it where a transform is active, and the operator everywhere else. Forward-mode derivatives come from the
-reference: `igpt_kernels.tensors.needs_plain_operations` says so.
+Forward-mode derivatives come from the reference: `igpt_kernels.tensors.needs_plain_operations` says so.
+
+Eager calls take such a function too. torch.library's own reads the schema anew each time, which takes 50 µs.
 """
 
 from __future__ import annotations
@@ -13,31 +14,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Rule = Callable[[Any, int, Sequence[int | None], Sequence[Any]], Any]
 """(operator, size of the batch, dimension of it in each argument, arguments) -> results, the batch in their dimension 0."""
 
 _functions: dict[str, Any] = {}
+_eager_functions: dict[str, Any] = {}
 
 
 def call(operator: Any, *arguments: Any) -> Any:
-    """Call a registered operator; under a transform of torch.func, the function that `differentiable` made of it."""
+    """Call a registered operator: the operator itself wherever something traces, or where nothing needs a gradient."""
     if torch._C._are_functorch_transforms_active():
         return _functions[operator.__name__].apply(*arguments)
+    if _is_eager(arguments):
+        return _eager_functions[operator.__name__].apply(*arguments)
     return operator(*arguments)
 
 
+def _is_eager(arguments: Sequence[Any]) -> bool:
+    """Whether a gradient is wanted, and no tracer or mode wants to see the operator."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return (
+        any(x.requires_grad for x in tensors)
+        and all(type(x) in (Tensor, Parameter) for x in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any], rule: Rule) -> None:
-    """Make the `torch.autograd.Function` of an operator."""
+    """Make the functions of an operator: for transforms, and for eager calls."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
         results = rule(operator, info.batch_size, in_dims, arguments)
         return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
-    methods = {"forward": operator, "setup_context": save, "backward": backward, "vmap": vmap}
+    def below_autograd(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
     name = operator.__name__
-    members = {method: staticmethod(function) for method, function in methods.items()}
-    _functions[name] = type(name, (torch.autograd.Function,), members)
+    derivative = {"setup_context": staticmethod(save), "backward": staticmethod(backward)}
+    bases = (torch.autograd.Function,)
+    _functions[name] = type(name, bases, derivative | {"forward": staticmethod(operator), "vmap": staticmethod(vmap)})
+    _eager_functions[name] = type(name, bases, derivative | {"forward": staticmethod(below_autograd)})
 
 
 def one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> Any:

@@ -119,7 +119,7 @@ def _keys_of(key: str, query: int) -> Tensor:
 def visible_tokens(key: str, length: int) -> Tensor:
     """The tokens that the query at position ``length - 1`` may see under a registered layout, of a cache of `length`: int64."""
     if length == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     tokens = _keys_of(key, length - 1)
     return tokens[: int(torch.searchsorted(tokens, length))]  # patterns that are not causal see ahead
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from igpt_kernels.tensors import accumulation_dtype
 
 
-def rows_at_once(columns: int, device: torch.device, itemsize: int = 4) -> int:
-    """Rows that are computed together: of 4 MiB of logits on the CPU, of 2²⁴ values on a GPU (32 MiB of bfloat16).
+def rows_at_once(columns: int, device: torch.device, values: int = 1 << 20) -> int:
+    """Rows that are computed together: of `values` logits on the CPU (4 MiB of float32), 2²⁴ on a GPU (32 MiB of bfloat16).
 
     So few that they stay in a cache (50 MB of L2 in an H100); so many that launches take less time than what they launch.
     Of 512 classes a part is 32,768 rows, three products of 17 GFLOP. Parts of half that size cost 100 µs each on an H100,
     and Python took as long.
     """
-    return max(64, ((1 << 22) // itemsize if device.type == "cpu" else 1 << 24) // columns)
+    return max(64, (values if device.type == "cpu" else 1 << 24) // columns)
 
 
 def mean_is_folded(dtype: torch.dtype) -> bool:
@@ -164,14 +164,14 @@ class Gradients:
         add_product(self._sum, dlogits, some)
 
 
-def _parts(rows: int, columns: int, device: torch.device, itemsize: int = 4) -> list[slice]:
-    step = rows_at_once(columns, device, itemsize)
+def _parts(rows: int, columns: int, device: torch.device, values: int = 1 << 20) -> list[slice]:
+    step = rows_at_once(columns, device, values)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def parts_of(hidden: Tensor, weight: Tensor, itemsize: int = 4) -> list[slice]:
-    """The rows of hidden, as many together as `rows_at_once` says; `itemsize` is that of a logit in bytes."""
-    return _parts(hidden.shape[0], max(weight.shape), hidden.device, itemsize)
+def parts_of(hidden: Tensor, weight: Tensor, values: int = 1 << 20) -> list[slice]:
+    """The rows of hidden, as many together as `rows_at_once` says."""
+    return _parts(hidden.shape[0], max(weight.shape), hidden.device, values)
 
 
 def cross_entropy_rows(
@@ -245,17 +245,15 @@ def cross_entropy_scale_(gradient: Tensor, factor: Tensor) -> None:
     What is 0 stays 0, as the mean over no row at all has the gradient inf. Half dtypes are multiplied in float32, which holds
     every factor; a GPU would round it first. On the CPU nothing is done where the factor is 1.
     """
-    if not factor.is_cuda and float(factor.detach()) == 1.0:
-        return
-    masked = factor.is_cuda or not bool(torch.isfinite(factor))  # a GPU would have to be waited for
-    for part in _parts(gradient.shape[0], gradient.shape[1], gradient.device):
-        some = gradient[part]
-        wide = some.to(factor.dtype)
-        scaled = wide * factor if masked or wide is not some else some.mul_(factor)
-        if masked:
-            scaled.masked_fill_(wide == 0, 0.0)
-        if scaled is not some:
-            some.copy_(scaled)
+    if not factor.is_cuda:
+        if float(factor.detach()) == 1.0:
+            return
+        if bool(torch.isfinite(factor)):
+            gradient.mul_(factor)  # torch multiplies by a number on the CPU in float32; a test holds that
+            return
+    for part in _parts(gradient.shape[0], gradient.shape[1], gradient.device):  # the values of a GPU are not waited for
+        wide = gradient[part].to(factor.dtype)
+        gradient[part] = (wide * factor).masked_fill_(wide == 0, 0.0)
 
 
 def cross_entropy_scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ def sums() -> list[float]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = normal(700, 217).to(dtype if dtype != torch.float16 else torch.float32)
         loss, lse = torch.empty(700), torch.empty(700)
-        OPS.cpu_cross_entropy(logits, torch.arange(700) % 217, torch.ones(()), -100, 0.01, loss, lse)
+        OPS.cpu_cross_entropy(logits, torch.arange(700) % 217, None, 1.0, -100, 0.01, loss, lse)
         found += [float(x.double().abs().sum()) for x in (loss, lse, logits)]
         q, k, v = (normal(3, 4, n, 72).to(dtype) for n in (1, 1100, 1100))
         for length, layout in ((1100, None), (torch.tensor([0, 700, 1100]), None), (1000, layouts.strided(40, 25))):
@@ -91,7 +91,7 @@ HEADS = torch.zeros(1, dtype=torch.int64)
 
 
 def loss_of(logits: Tensor = LOGITS, target: Tensor = TARGET, factor: Tensor | None = None, rows: int = 4) -> None:
-    OPS.cpu_cross_entropy(logits, target, factor, -100, 0.0, torch.empty(rows), torch.empty(4))
+    OPS.cpu_cross_entropy(logits, target, factor, 0.0, -100, 0.0, torch.empty(rows), torch.empty(4))
 
 
 def decoded(
@@ -123,7 +123,10 @@ def decoded(
         ("target must be", lambda: loss_of(target=TARGET.int())),
         ("target must be", lambda: loss_of(target=torch.zeros(8, dtype=torch.int64)[::2])),
         ("factor must be", lambda: loss_of(factor=torch.zeros(3))),
-        ("factor must be", lambda: loss_of(factor=torch.zeros((), dtype=torch.float64))),
+        ("factor must be", lambda: loss_of(factor=torch.zeros(()))),
+        ("factor must be", lambda: loss_of(factor=torch.zeros(4, dtype=torch.float64))),
+        ("target must be", lambda: OPS.cpu_count(TARGET.int(), 0)),
+        ("target must be", lambda: OPS.cpu_count(LOGITS.long().t(), 0)),
         ("loss and lse must be", lambda: loss_of(rows=3)),
         ("q must be", lambda: decoded(K)),
         ("k and v must be", lambda: decoded(v=K[:, :, :4])),
@@ -156,7 +159,7 @@ def test_operators_guard_memory(message: str, call: object) -> None:
 def test_nothing_beyond_the_outputs_is_written(dtype: torch.dtype) -> None:
     """Rows with gaps between them, and one head of three."""
     wide = torch.full((4, 40), 7.0).to(dtype if dtype != torch.float16 else torch.float32)
-    OPS.cpu_cross_entropy(wide[:, :37], TARGET, torch.ones(4), -100, 0.0, torch.empty(4), torch.empty(4))
+    OPS.cpu_cross_entropy(wide[:, :37], TARGET, torch.ones(4), 0.0, -100, 0.0, torch.empty(4), torch.empty(4))
     assert (wide[:, 37:] == 7).all()
     assert (wide[:, :37] != 7).all()
     out, lse = torch.full((2, 3, 1, 20), 7.0).to(dtype), torch.full((2, 3, 1), 7.0)

@@ -92,7 +92,7 @@ def test_strides(layout: str, reduction: str, backend: str) -> None:
 def test_some_rows_at_a_time(
     dtype: torch.dtype, step: int, z_loss: float, reduction: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_loss, "rows_at_once", lambda columns, device, itemsize: step)
+    monkeypatch.setattr(torch_loss, "rows_at_once", lambda columns, device, values: step)
     hidden, weight, target = inputs(50, 12, 9, dtype)
     compare(hidden, weight, target, backend, z_loss=z_loss, reduction=reduction)
 
@@ -100,7 +100,7 @@ def test_some_rows_at_a_time(
 def test_rows_at_once() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert torch_loss.rows_at_once(512, cpu) == 2048
-    assert torch_loss.rows_at_once(512, cpu, 2) == 4096
+    assert torch_loss.rows_at_once(512, cpu, 1 << 22) == 8192
     assert torch_loss.rows_at_once(512, gpu) == 32768
     assert torch_loss.rows_at_once(10**6, cpu) == 64
 
@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_rows_times_classes(module: ModuleType, width:
         torch_loss.cross_entropy_scale_(dhidden, torch.full((), 2.0))
         torch_loss.cross_entropy_scaled(dweight, torch.ones(()), torch.float32)
     narrow = module is cpu_loss and dtype == torch.bfloat16  # its logits stay in the dtype of hidden
-    assert seen.values == 1 << (21 if narrow else 20)
+    assert seen.values == 1 << (22 if narrow else 20)
     if vocab > width:
         with Largest() as seen:
             linear_cross_entropy_reference(hidden, weight, target)
@@ -295,6 +295,20 @@ def test_a_factor_of_one_reads_no_gradient(dtype: torch.dtype) -> None:
         with Largest() as seen:
             torch_loss.cross_entropy_scale_(gradient, torch.tensor(factor))
         assert seen.values == largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [0.33370001, 65536.0, 2.0**-20, math.inf, math.nan])
+def test_a_factor_is_not_rounded_to_half_dtypes(factor: float, dtype: torch.dtype) -> None:
+    """Each value is multiplied in float32 and rounded once, in one pass over the gradient; 0 stays 0."""
+    for rows in (1, 3, 700):
+        gradient = torch.randn(rows, 33, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        gradient[0, :2] = 0.0
+        want = (gradient.float() * factor).to(dtype).masked_fill(gradient == 0, 0.0)
+        with Largest(gradient) as seen:
+            torch_loss.cross_entropy_scale_(gradient, torch.tensor(factor))
+        torch.testing.assert_close(gradient, want, rtol=0, atol=0, equal_nan=True)
+        assert seen.values <= 1 or not math.isfinite(factor)
 
 
 @on_backends

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_kernels import (
     PaletteTable,
@@ -373,6 +374,52 @@ def test_a_second_derivative_is_an_error_under_transforms_too(case: str) -> None
         return
     with pytest.raises(RuntimeError, match="has no second derivative; use backend='reference'"):
         torch.func.grad(lambda x: first(x).square().sum())(arguments[0])
+
+
+class Names(TorchDispatchMode):
+    """Operators that are called, those of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "igpt_kernels":
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_eager_call_has_a_short_way_and_what_traces_has_the_operator(case: str) -> None:
+    """Both have the same values, bit for bit, and the same gradients. No tensor that needs no gradient has a graph."""
+    _, function, arguments = CASES[case]
+
+    def run() -> tuple[list[Tensor], str]:
+        leaves = [x.clone().requires_grad_() for x in arguments]
+        out = function(*leaves, backend="torch")
+        names, queue = "", [out.grad_fn]
+        while queue:
+            node = queue.pop()
+            names += f" {node.name()}"
+            queue += [each for each, _ in node.next_functions if each is not None]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)], names
+
+    short, names = run()
+    assert "GeneratedBackwardFor" not in names
+    with Names() as seen:
+        whole, names = run()
+    assert "GeneratedBackwardFor" in names
+    assert seen.found
+    assert all(torch.equal(a, b) for a, b in zip(short, whole, strict=True))
+    assert function(*arguments, backend="torch").grad_fn is None
+    with torch.no_grad():
+        assert function(*(x.clone().requires_grad_() for x in arguments), backend="torch").grad_fn is None
+    with torch.inference_mode():
+        assert torch.equal(function(*arguments, backend="torch"), short[0])
+    for needed in range(len(arguments)):  # one operand alone
+        some = [x.clone().requires_grad_(i == needed) for i, x in enumerate(arguments)]
+        (found,) = torch.autograd.grad(function(*some, backend="torch").square().sum(), some[needed])
+        torch.testing.assert_close(found, short[1 + needed])
 
 
 @pytest.mark.slow

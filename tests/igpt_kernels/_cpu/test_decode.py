@@ -73,6 +73,19 @@ def test_caches_are_not_copied() -> None:
         assert made.values <= 4 * 800  # which tokens each sequence sees
 
 
+def test_defaults_of_torch_do_not_matter() -> None:
+    q, k, v = tensors((2, 3, 60, 16))
+    groups = [(layouts.row(6, 10).key, (0, 2)), (layouts.column(6, 10).key, (1,))]
+    for length in (50, 0, torch.tensor([7, 50])):
+        want = [*decode(q, k, v, length, 0.3), *sparse_decode(q, k, v, length, groups, 0.3)]
+        try:
+            torch.set_default_device("meta")
+            got = [*decode(q, k, v, length, 0.3), *sparse_decode(q, k, v, length, groups, 0.3)]
+        finally:
+            torch.set_default_device(None)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_rows_with_gaps_inside_are_copied() -> None:
     q, k, v = tensors((2, 3, 50, 24))
     want = decode(q, k, v, 40, 0.3)

@@ -49,7 +49,7 @@ def test_large_and_small_logits() -> None:
     target = torch.tensor([3, 5, 0, 7, 1])
     want = F.cross_entropy(logits.double(), target, reduction="none")
     loss, lse = torch.empty(5), torch.empty(5)
-    torch.ops.igpt_kernels.cpu_cross_entropy(logits, target, torch.ones(()), -100, 0.0, loss, lse)
+    torch.ops.igpt_kernels.cpu_cross_entropy(logits, target, None, 1.0, -100, 0.0, loss, lse)
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
     assert logits[1, 3] == 0  # no weight, and no gradient
     assert torch.isfinite(logits).all()
@@ -75,6 +75,21 @@ def test_a_gradient_from_above_multiplies(factor: float) -> None:
             torch.testing.assert_close(
                 b, a * factor, rtol=2 * torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float16 else 1e-6
             )
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    hidden, weight, target = inputs(9, 12, 17, torch.float32)
+    want = cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True, True)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        got = cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True, True)
+        rows = cross_entropy_rows(hidden, weight, target, -100, 0.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert {(x.dtype, x.device.type) for x in rows} == {(torch.float32, "cpu")}
 
 
 def test_auto_takes_it_and_float64_does_not() -> None:
