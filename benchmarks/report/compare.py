@@ -196,14 +196,16 @@ def worktree(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "worktree", "remove", "--force", str(path)], capture_output=True, check=False)
 
 
+def _sources(checkout: Path) -> dict[Path, bytes]:
+    """The C++ sources of a checkout, in whatever folder below csrc."""
+    folder = checkout / "csrc"
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def _extension(path: Path) -> None:
     """The compiled extension of a checkout: today's where its sources are the same, else built."""
     built = list((ROOT / "igpt_kernels").glob("*.so"))
-    same = all(
-        (path / "csrc" / file.name).exists() and (path / "csrc" / file.name).read_bytes() == file.read_bytes()
-        for file in (ROOT / "csrc").iterdir()
-    )
-    if built and same:
+    if built and _sources(path) == _sources(ROOT):
         for file in built:
             shutil.copy2(file, path / "igpt_kernels" / file.name)
     elif built:

@@ -237,6 +237,16 @@ def test_peers_are_not_judged() -> None:
     assert [(pair.case.method, pair.way) for pair in compare.pairs_of(lines)] == [("flash", "both"), ("sparse", "both")]
 
 
+def test_sources_in_folders_count_when_an_extension_is_taken_over(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "csrc" / "cpu").mkdir(parents=True)
+        (tmp_path / name / "csrc" / "cpu" / "a.inc").write_text("same")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert compare._sources(one) == compare._sources(two) != {}
+    (two / "csrc" / "cpu" / "a.inc").write_text("other")
+    assert compare._sources(one) != compare._sources(two)
+
+
 @pytest.mark.slow
 def test_a_revision_gets_todays_benchmarks_and_goes_away(tmp_path: Path) -> None:
     with compare.worktree("HEAD") as path:
