@@ -16,25 +16,11 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define IGPT_SET avx2
+#define IGPT_RECORD kAvx2
+#define IGPT_LANES 8
 #define IGPT_INTRINSICS "avx2.inc"
-
-namespace igpt::cpu {
-namespace avx2 {
-namespace {
-
-constexpr int kLanes = 8;
-
-#include "vector.inc"
-//
-#include "decode.inc"
-#include "loss.inc"
-
-}  // namespace
-}  // namespace avx2
-
-const Kernels kAvx2{"avx2", avx2::loss_rows, avx2::decode_part, avx2::decode_finish};
-
-}  // namespace igpt::cpu
+#include "set.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

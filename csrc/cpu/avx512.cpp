@@ -18,25 +18,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
+#define IGPT_SET avx512
+#define IGPT_RECORD kAvx512
+#define IGPT_LANES 16
 #define IGPT_INTRINSICS "avx512.inc"
-
-namespace igpt::cpu {
-namespace avx512 {
-namespace {
-
-constexpr int kLanes = 16;
-
-#include "vector.inc"
-//
-#include "decode.inc"
-#include "loss.inc"
-
-}  // namespace
-}  // namespace avx512
-
-const Kernels kAvx512{"avx512", avx512::loss_rows, avx512::decode_part, avx512::decode_finish};
-
-}  // namespace igpt::cpu
+#include "set.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

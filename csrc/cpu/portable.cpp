@@ -5,22 +5,8 @@
 
 #include "kernels.h"
 
+#define IGPT_SET portable
+#define IGPT_RECORD kPortable
+#define IGPT_LANES 4
 #define IGPT_INTRINSICS "portable.inc"
-
-namespace igpt::cpu {
-namespace portable {
-namespace {
-
-constexpr int kLanes = 4;
-
-#include "vector.inc"
-//
-#include "decode.inc"
-#include "loss.inc"
-
-}  // namespace
-}  // namespace portable
-
-const Kernels kPortable{"portable", portable::loss_rows, portable::decode_part, portable::decode_finish};
-
-}  // namespace igpt::cpu
+#include "set.inc"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 Rule = Callable[[Any, int, Sequence[int | None], Sequence[Any]], Any]
 """(operator, size of the batch, dimension of it in each argument, arguments) -> results, the batch in their dimension 0."""
@@ -34,14 +33,11 @@ def call(operator: Any, *arguments: Any) -> Any:
 
 def _is_eager(arguments: Sequence[Any]) -> bool:
     """Whether a gradient is wanted, and no tracer or mode wants to see the operator."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
     return (
-        any(x.requires_grad for x in tensors)
-        and all(type(x) in (Tensor, Parameter) for x in tensors)
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
         and torch._C._get_tracing_state() is None
     )
 

@@ -206,3 +206,9 @@ def test_a_backend_by_name_is_refused_for_its_own_reasons_alone() -> None:
 def test_explain_names_what_is_wrong(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         backends.explain(**{"op": "rms_norm", "dtype": torch.float32, "device": "cpu", "width": 64, **changes})
+
+
+def test_an_extension_that_does_not_serve_a_device_is_not_asked_for() -> None:
+    """Else a CUDA library would be proposed, which has no such kernel."""
+    table = dict(backends.explain("decode_attention", dtype=torch.float32, device="cuda", head_dim=64))
+    assert table["ext"] == ["device cuda is not one of cpu"]

@@ -353,6 +353,12 @@ def test_gradients_that_a_scaler_made_large(reduction: str, backend: str) -> Non
         (lambda h, w, t: linear_cross_entropy(h, w.to("meta"), t), ValueError, "weight must be on the device of hidden"),
         (lambda h, w, t: linear_cross_entropy(h, w, t.to("meta")), ValueError, "target must be on the device of hidden"),
         (lambda h, w, t: linear_cross_entropy(h, w, t + 6), ValueError, "target must be from 0 to 5 or ignore_index -100, got"),
+        (
+            lambda h, w, t: linear_cross_entropy(h, w, t + 2),
+            ValueError,
+            "target must be from 0 to 5 or ignore_index -100, got 6",
+        ),
+        (lambda h, w, t: linear_cross_entropy(h, w, t - 1), ValueError, "target must be from 0 to 5 .*got -1"),
         (lambda h, w, t: linear_cross_entropy(h, w, t - 99), ValueError, "target must be from 0 to 5.*got -99"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, ignore_index=0.5), TypeError, "ignore_index must be an int, got 0.5"),
         (lambda h, w, t: linear_cross_entropy(h, w, t, ignore_index=2**63), ValueError, "ignore_index must fit into int64"),

@@ -422,6 +422,14 @@ def test_an_eager_call_has_a_short_way_and_what_traces_has_the_operator(case: st
         torch.testing.assert_close(found, short[1 + needed])
 
 
+def test_a_traced_graph_has_the_operator() -> None:
+    """torch.jit.trace would see nothing of a function of Python."""
+    x = values(3, 6).requires_grad_()
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        traced = torch.jit.trace(lambda x: rms_norm(x, values(6)), x, check_trace=False)
+    assert "igpt_kernels::rms_norm_forward" in str(traced.graph)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("transform", [grad, vmap, vmap_of_grad])
 def test_transforms_inside_of_a_compiled_function(transform: Function) -> None:
