@@ -297,7 +297,9 @@ def select(op: str, backend: str, tensors: Sequence[Tensor], size: int | None = 
     limit = needs_plain_operations(tensors)
     if not limit and isinstance(backend, str):
         for each in IMPLEMENTATIONS[op]:
-            if backend in ("auto", each.backend) and not reasons(each, dtype=dtype, device=device, size=size, size_name=name):
+            if backend not in ("auto", each.backend) or (each.devices is not None and device.type not in each.devices):
+                continue
+            if not reasons(each, dtype=dtype, device=device, size=size, size_name=name):
                 return each.backend
     table = [
         (each, [*found, limit] if limit and each != "reference" else found) for each, found in _table(op, dtype, device, size)

@@ -86,6 +86,8 @@ def check_whole(name: str, value: object) -> int:
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """Under torch.autocast, floating-point tensors in its dtype, as torch's own products take them."""
     first = tensors[0]
+    if not torch._C._is_any_autocast_enabled():
+        return list(tensors)
     # Of the device "meta", which computes shapes only, torch cannot say whether it has autocast.
     if not isinstance(first, Tensor) or first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
         return list(tensors)
@@ -191,18 +193,21 @@ def check_loss(
     """
     hidden = check_tensor("hidden", hidden, dtypes=FLOAT_DTYPES)
     weight = check_tensor("weight", weight, ndim=2, dtypes=FLOAT_DTYPES)
-    target = check_tensor("target", target, dtypes=INT_DTYPES).to(torch.int64)
-    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+    target = check_tensor("target", target, dtypes=INT_DTYPES)
+    if target.dtype != torch.int64:
+        target = target.to(torch.int64)
+    (*leading, width), (vocab, depth), device = hidden.shape or (0,), weight.shape, hidden.device
+    if width < 1:
         raise ValueError(f"hidden must be [..., C] with C at least 1, got shape {tuple(hidden.shape)}")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight must have the dtype of hidden ({hidden.dtype}), got {weight.dtype}")
-    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        raise ValueError(f"weight must be [V,C] with hidden's C = {hidden.shape[-1]}, got shape {tuple(weight.shape)}")
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"target must have the shape {tuple(hidden.shape[:-1])} of hidden's rows, got {tuple(target.shape)}")
+    if depth != width or vocab < 1:
+        raise ValueError(f"weight must be [V,C] with hidden's C = {width}, got shape {tuple(weight.shape)}")
+    if list(target.shape) != leading:
+        raise ValueError(f"target must have the shape {tuple(leading)} of hidden's rows, got {tuple(target.shape)}")
     for name, value in (("weight", weight), ("target", target)):
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden ({hidden.device}), got {value.device}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of hidden ({device}), got {value.device}")
     ignored = check_whole("ignore_index", ignore_index)
     if not -(2**63) <= ignored < 2**63:
         raise ValueError(f"ignore_index must fit into int64 like the targets, got {ignored}")
@@ -213,10 +218,10 @@ def check_loss(
     if not _is_number(factor) or not 0 <= factor <= _LARGEST:
         raise ValueError(f"z_loss must be a finite number from 0 on, got {shown(z_loss)}")
     check_memory({"hidden": hidden, "weight": weight, "target": target})
-    if is_readable(target) and target.numel() and not _all_within(target, weight.shape[0]):
-        wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignored)]
+    if is_readable(target) and target.numel() and not _all_within(target, vocab):
+        wrong = target[((target < 0) | (target >= vocab)) & (target != ignored)]
         if wrong.numel():
-            raise ValueError(f"target must be from 0 to {weight.shape[0] - 1} or ignore_index {ignored}, got {int(wrong[0])}")
+            raise ValueError(f"target must be from 0 to {vocab - 1} or ignore_index {ignored}, got {int(wrong[0])}")
     return hidden, weight, target, ignored, float(factor)
 
 

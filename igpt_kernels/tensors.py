@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Of a dense tensor with values on the CPU, and of one made under inference_mode. Traced and transformed tensors, those of
+# other devices and layouts, and views whose sign is not applied yet have other keys.
+_CPU_KEYS = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+with torch.inference_mode():
+    _CPU_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 _BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorchBatched")]
 # Of torch itself: they stand for a tensor while something is traced, and operators know them.
 _TRACED = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor", "TwoTensor")
@@ -19,20 +24,26 @@ def python_number(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def is_plain_cpu(x: Tensor) -> bool:
+    """Whether x is a dense tensor with values on the CPU, and nothing else: its memory may be read as it lies."""
+    kind = type(x)
+    return (kind is Tensor or kind is torch.nn.Parameter) and torch._C._dispatch_keys(x).raw_repr() in _CPU_KEYS
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether x is one tensor with values: not one that torch.compile traces, and not a batch under vmap or is_grads_batched.
 
     The batch of is_grads_batched has the type of any tensor. Only its dispatch keys tell.
     """
-    return type(x) is Tensor and not any(torch._C._dispatch_keys(x).has(key) for key in _BATCHED)  # type: ignore[arg-type]
+    keys = torch._C._dispatch_keys(x)
+    return type(x) is Tensor and not any(keys.has(key) for key in _BATCHED)  # type: ignore[arg-type]
 
 
 def is_readable(x: Tensor) -> bool:
     """Whether Python may look at the values of x now: on the CPU, and neither traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and is_plain(x)
+        and is_plain_cpu(x)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt_kernels._ops.shared import dispatch, once, register
-from igpt_kernels._ops.transforms import call
+from igpt_kernels._ops.transforms import below_autograd, call
 from igpt_kernels._torch import loss as torch_loss
 from igpt_kernels.tensors import accumulation_dtype, is_plain, is_readable
 
@@ -90,8 +90,10 @@ def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         return (None,) * 9
     ignore_index, _, mean, need_hidden, need_weight, backend = ctx.how
     made, ctx.made = ctx.made, None
-    with torch.no_grad():
-        dhidden, dweight = cross_entropy_sum(*ctx.saved_tensors, *ctx.how)[1:] if made is None else made
+    if made is None:
+        with torch.no_grad():
+            made = cross_entropy_sum(*ctx.saved_tensors, *ctx.how)[1:]
+    dhidden, dweight = made
     dtype, factor = dhidden.dtype, grad
     if mean and not torch_loss.mean_is_folded(dtype):
         factor = grad / torch_loss.rows_that_count(ctx.saved_tensors[2], ignore_index, grad.dtype, mean)
@@ -104,7 +106,7 @@ def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         if not in_place or gradient.dtype != dtype:
             return cross_entropy_scaled(gradient, factor, dtype, backend)  # type: ignore[no-any-return]
         if not unchanged:
-            cross_entropy_scale_(gradient, factor, backend)
+            below_autograd(cross_entropy_scale_, gradient, factor, backend)
         return gradient
 
     dhidden, dweight = scale(dhidden), scale(dweight)

@@ -50,6 +50,7 @@ def register(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"igpt_kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.igpt_kernels, name)
+    transforms.implemented(operator, run)
     if backward is None and second:
         save, backward = _save_nothing, _no_second_derivative(second)
     if save is not None and backward is not None:

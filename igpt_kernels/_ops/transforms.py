@@ -4,7 +4,9 @@ torch.library's autograd is not seen by those (torch 2.11 and 2.13: "must overri
 operator that can be differentiated has a `torch.autograd.Function` of the same forward and backward, with a rule for vmap.
 Forward-mode derivatives come from the reference: `igpt_kernels.tensors.needs_plain_operations` says so.
 
-Eager calls take such a function too. torch.library's own reads the schema anew each time, which takes 50 µs.
+Eager calls take such a function too. torch.library's own reads the schema anew each time, which takes 50 µs. And where
+nothing looks at operators, eager calls take the implementation: through torch's dispatcher and back takes 7 µs more. Those are
+times of a loop. Between products that fill the caches, the same Python takes five times as long.
 """
 
 from __future__ import annotations
@@ -15,31 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igpt_kernels.tensors import is_plain_cpu
+
 Rule = Callable[[Any, int, Sequence[int | None], Sequence[Any]], Any]
 """(operator, size of the batch, dimension of it in each argument, arguments) -> results, the batch in their dimension 0."""
 
+_implementations: dict[str, Callable[..., Any]] = {}
 _functions: dict[str, Any] = {}
 _eager_functions: dict[str, Any] = {}
 
 
 def call(operator: Any, *arguments: Any) -> Any:
-    """Call a registered operator: the operator itself wherever something traces, or where nothing needs a gradient."""
+    """Call a registered operator that has a derivative: the operator itself wherever something traces."""
     if torch._C._are_functorch_transforms_active():
         return _functions[operator.__name__].apply(*arguments)
-    if _is_eager(arguments):
+    if _is_traced():
+        return operator(*arguments)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return _eager_functions[operator.__name__].apply(*arguments)
-    return operator(*arguments)
+    return below_autograd(operator, *arguments)
 
 
-def _is_eager(arguments: Sequence[Any]) -> bool:
-    """Whether a gradient is wanted, and no tracer or mode wants to see the operator."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
+def below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Call a registered operator for its results alone: the operator itself wherever something looks at it.
+
+    Tracers, profilers, modes and subclasses of Tensor do.
+    """
+    is_seen = (
+        _is_traced()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack()
+        or not all(is_plain_cpu(x) for x in arguments if isinstance(x, Tensor))
     )
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments) if is_seen else _implementations[operator.__name__](*arguments)
+
+
+def _is_traced() -> bool:
+    return (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    )
+
+
+def implemented(operator: Any, run: Callable[..., Any]) -> None:
+    """Note the implementation of an operator, for `below_autograd`."""
+    _implementations[operator.__name__] = run
 
 
 def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any], rule: Rule) -> None:
@@ -49,15 +71,16 @@ def differentiable(operator: Any, save: Callable[..., None], backward: Callable[
         results = rule(operator, info.batch_size, in_dims, arguments)
         return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
-    def below_autograd(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+    def eager(ctx: Any, *arguments: Any) -> Any:
+        results = below_autograd(operator, *arguments)
+        save(ctx, arguments, results)
+        return results
 
-    name = operator.__name__
-    derivative = {"setup_context": staticmethod(save), "backward": staticmethod(backward)}
-    bases = (torch.autograd.Function,)
-    _functions[name] = type(name, bases, derivative | {"forward": staticmethod(operator), "vmap": staticmethod(vmap)})
-    _eager_functions[name] = type(name, bases, derivative | {"forward": staticmethod(below_autograd)})
+    name, bases, both = operator.__name__, (torch.autograd.Function,), {"backward": staticmethod(backward)}
+    rules = {"forward": staticmethod(operator), "setup_context": staticmethod(save), "vmap": staticmethod(vmap)}
+    _functions[name] = type(name, bases, both | rules)
+    # Without setup_context: torch reads the signature of a forward beside one at each call (11 µs).
+    _eager_functions[name] = type(name, bases, both | {"forward": staticmethod(eager)})
 
 
 def one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> Any:

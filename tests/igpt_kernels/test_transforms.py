@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +31,7 @@ from igpt_kernels import (
     quick_gelu,
     rms_norm,
 )
+from igpt_kernels._ops import transforms
 from igpt_kernels.backends import BackendUnavailable
 
 Function = Callable[..., Any]
@@ -420,6 +422,57 @@ def test_an_eager_call_has_a_short_way_and_what_traces_has_the_operator(case: st
         some = [x.clone().requires_grad_(i == needed) for i, x in enumerate(arguments)]
         (found,) = torch.autograd.grad(function(*some, backend="torch").square().sum(), some[needed])
         torch.testing.assert_close(found, short[1 + needed])
+
+
+class Functions(TorchFunctionMode):
+    """Operators that are called, as a mode of functions sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["gradient", "no gradient"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_looks_at_operators_sees_them(case: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profilers, modes of functions and subclasses. Without them an eager call goes past torch's dispatcher."""
+    _, function, arguments = CASES[case]
+    short: list[str] = []
+    for name, run in transforms._implementations.items():
+        monkeypatch.setitem(transforms._implementations, name, lambda *x, name=name, run=run: (short.append(name), run(*x))[1])
+
+    def forward(*kinds: type) -> Tensor:
+        short.clear()
+        leaves = [x.clone().as_subclass(*kinds) if kinds else x.clone() for x in arguments]
+        return function(*(x.requires_grad_(wanted) for x in leaves), backend="torch")
+
+    forward()
+    assert short or case.startswith("decode")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = forward()
+        if wanted:
+            out.square().sum().backward()
+    assert not short
+    assert any(event.key.startswith("igpt_kernels::") for event in profile.key_averages())
+    with Functions() as seen:
+        forward()
+    assert not short
+    assert any("igpt_kernels" in name for name in seen.found)
+    forward(type("Own", (Tensor,), {}))
+    assert not short
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sign_that_is_not_applied_yet(case: str) -> None:
+    """torch may note that a view is to be negated, and negate it when an operator reads it."""
+    _, function, arguments = CASES[case]
+    views = [torch._neg_view(-x) for x in arguments]
+    assert all(x.is_neg() for x in views)
+    assert torch.equal(function(*views, backend="torch"), function(*arguments, backend="torch"))
 
 
 def test_a_traced_graph_has_the_operator() -> None:
