@@ -117,8 +117,8 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
             max_size=8192,
         ),
         _ext(
-            {step: f"_cpu.loss:cross_entropy_{step}" for step in ("rows", "rows_backward", "sum")}
-            | {step: f"_torch.loss:cross_entropy_{step}" for step in ("scale_", "scaled")}
+            {step: f"_cpu.loss:cross_entropy_{step}" for step in ("rows", "rows_backward", "sum", "scale_")}
+            | {"scaled": "_torch.loss:cross_entropy_scaled"}
         ),
         _torch({step: f"loss:cross_entropy_{step}" for step in ("rows", "rows_backward", "sum", "scale_", "scaled")}),
         _REFERENCE,

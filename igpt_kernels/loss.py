@@ -68,11 +68,13 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy_reference(
             hidden, weight, target, ignore_index=ignore_index, reduction=reduction, z_loss=z_loss
         )
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    rows, labels = (hidden, target) if hidden.dim() == 2 else (hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1))
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    # Gradients made beside a sum are one tensor, used in place. A transform of torch.func wants functions of tensors.
-    if reduction != "none" and any(needed) and not torch._C._are_functorch_transforms_active():
-        # One number's gradient: three products. Every row's own wants the logits again in the backward pass: four.
+    # One number's gradient: three products. Every row's own wants the logits again in the backward pass: four. Without
+    # gradients, Triton's rows need no logits in memory. Gradients made beside a sum are one tensor, used in place; a transform
+    # of torch.func wants functions of tensors.
+    together = reduction != "none" and (any(needed) or chosen != "triton")
+    if together and not torch._C._are_functorch_transforms_active():
         return call(ops.cross_entropy_sum, rows, weight, labels, ignore_index, z_loss, reduction == "mean", *needed, chosen)[0]
     loss = call(ops.cross_entropy_rows, rows, weight, labels, ignore_index, z_loss, chosen)[0]
     if reduction == "none":

@@ -49,6 +49,8 @@ struct Kernels {
   //   loss = lse - logit[target] + z lse^2      dlogit = factor ((1 + 2 z lse) softmax(logits) - onehot(target))
   // Rows of ignore_index: loss 0, gradient 0. Rows whose target is no class: NaN. Scratch: vocab floats.
   void (*loss_rows)(const Loss&, int64_t begin, int64_t end, float* scratch);
+  // Values begin to end times a factor, in float32. What is 0 stays 0, also where the factor is infinite or NaN.
+  void (*scale)(void* values, Type, int64_t begin, int64_t end, float factor);
   // Attention to at most kDecodeKeys keys (begin to end of `keys`, or the tokens begin to end), not divided by its sum:
   // part = sum of exp(score - largest) value, and behind it the largest score and the sum of exponentials.
   void (*decode_part)(const Decode&, int64_t batch, int64_t head, int64_t begin, int64_t end, float* part);

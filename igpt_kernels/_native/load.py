@@ -18,7 +18,15 @@ _LIBRARIES: dict[Device, Path] = {
     "cuda": Path(__file__).resolve().parents[1] / "_C_cuda.abi3.so",
 }
 _OPERATORS: dict[Device, tuple[str, ...]] = {
-    "cpu": ("palette_table", "palette_lookup", "palette_pixels", "cpu_count", "cpu_cross_entropy", "cpu_decode"),
+    "cpu": (
+        "palette_table",
+        "palette_lookup",
+        "palette_pixels",
+        "cpu_cross_entropy_rows",
+        "cpu_cross_entropy_sum",
+        "cpu_scale",
+        "cpu_decode",
+    ),
     "cuda": ("palette_table", "palette_lookup", "palette_pixels"),
 }
 _REBUILD = "run `igpt info --build`, or `python3 setup.py build_ext --inplace` in the source tree, or reinstall igpt-kernels"

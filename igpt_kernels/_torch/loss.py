@@ -12,14 +12,14 @@ from torch import Tensor
 from igpt_kernels.tensors import accumulation_dtype
 
 
-def rows_at_once(columns: int, device: torch.device, values: int = 1 << 20) -> int:
-    """Rows that are computed together: of `values` logits on the CPU (4 MiB of float32), 2²⁴ on a GPU (32 MiB of bfloat16).
+def rows_at_once(columns: int, device: torch.device) -> int:
+    """Rows that are computed together: of 2²⁰ logits on the CPU (4 MiB of float32), 2²⁴ on a GPU (32 MiB of bfloat16).
 
     So few that they stay in a cache (50 MB of L2 in an H100); so many that launches take less time than what they launch.
     Of 512 classes a part is 32,768 rows, three products of 17 GFLOP. Parts of half that size cost 100 µs each on an H100,
     and Python took as long.
     """
-    return max(64, (values if device.type == "cpu" else 1 << 24) // columns)
+    return max(64, (1 << 20 if device.type == "cpu" else 1 << 24) // columns)
 
 
 def mean_is_folded(dtype: torch.dtype) -> bool:
@@ -79,10 +79,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [R,V] of some rows in `accumulation_dtype`, which the caller may overwrite."""
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    return product_into(out, hidden, weight.t()).to(accumulation_dtype(hidden.dtype))
+    return _product_into(out, hidden, weight.t()).to(accumulation_dtype(hidden.dtype))
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``a·b``, rounded to the dtype of `out`, in `out`."""
     if out.dtype == torch.float16 and not out.is_cuda:
         # Torch 2.13 multiplies float16 on the CPU at a tenth of the speed of float32.
@@ -127,7 +127,7 @@ def _subtract_target(p: Tensor, grad: Tensor, target: Tensor, ignore_index: int)
     return p.scatter_add_(1, target.masked_fill(missing, 0)[:, None], -grad.masked_fill(ignored, 0.0)[:, None])
 
 
-class Gradients:
+class _Gradients:
     """dhidden and dweight as they come, some rows at a time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
@@ -144,34 +144,34 @@ class Gradients:
         return self._sum.to(dtype)
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
-        """Take in the gradient of the logits of `rows`, in `accumulation_dtype` or that of hidden."""
+        """Take in the gradient of the logits of `rows`, in `accumulation_dtype`."""
         some = self.hidden[rows]
         if some.dtype == torch.bfloat16 and not some.is_cuda:
             dlogits = dlogits.to(some.dtype)  # of both products, as plain torch has it
         if self.need_weight:
             self._add_to_sum(dlogits, some)
         if self.need_hidden:
-            product_into(self.dhidden[rows], dlogits if some.dtype == torch.float16 else dlogits.to(some.dtype), self.weight)
+            _product_into(self.dhidden[rows], dlogits if some.dtype == torch.float16 else dlogits.to(some.dtype), self.weight)
 
     def _add_to_sum(self, dlogits: Tensor, some: Tensor) -> None:
         shape, wide = self.weight.shape, accumulation_dtype(self.weight.dtype)
         if self._sum is None and not some.is_cuda:
             # Written, not added to zeros. That takes 0.1 ms for 512 x 512 values, and a product 1.3.
-            self._sum = product_into(dlogits.new_empty(shape), dlogits.t(), some.to(dlogits.dtype))
+            self._sum = _product_into(dlogits.new_empty(shape), dlogits.t(), some.to(dlogits.dtype))
             return
         if self._sum is None or self._sum.dtype != wide:
             self._sum = self.weight.new_zeros(shape, dtype=wide) if self._sum is None else self._sum.to(wide)
         add_product(self._sum, dlogits, some)
 
 
-def _parts(rows: int, columns: int, device: torch.device, values: int = 1 << 20) -> list[slice]:
-    step = rows_at_once(columns, device, values)
+def _parts(rows: int, columns: int, device: torch.device) -> list[slice]:
+    step = rows_at_once(columns, device)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def parts_of(hidden: Tensor, weight: Tensor, values: int = 1 << 20) -> list[slice]:
+def _parts_of(hidden: Tensor, weight: Tensor) -> list[slice]:
     """The rows of hidden, as many together as `rows_at_once` says."""
-    return _parts(hidden.shape[0], max(weight.shape), hidden.device, values)
+    return _parts(hidden.shape[0], max(weight.shape), hidden.device)
 
 
 def cross_entropy_rows(
@@ -180,7 +180,7 @@ def cross_entropy_rows(
     """The operator ``igpt_kernels::cross_entropy_rows``: loss and log-sum-exp of each row, [M]."""
     loss, lse = (hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype)) for _ in range(2))
     rounded = loss.dtype != hidden.dtype
-    for part in parts_of(hidden, weight):
+    for part in _parts_of(hidden, weight):
         logits = _logits(hidden[part], weight)
         loss[part], lse[part], _ = _exponentials(logits, target[part], ignore_index, z_loss, rounded)
     return loss, lse
@@ -198,8 +198,8 @@ def cross_entropy_rows_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``igpt_kernels::cross_entropy_rows_backward``: the logits once more, and what follows from them."""
-    gradients = Gradients(hidden, weight, need_hidden, need_weight)
-    for part in parts_of(hidden, weight):
+    gradients = _Gradients(hidden, weight, need_hidden, need_weight)
+    for part in _parts_of(hidden, weight):
         p = _logits(hidden[part], weight).sub_(lse[part, None]).exp_()
         p.mul_((grad[part] * (1.0 + 2.0 * z_loss * lse[part]))[:, None])
         gradients.add(part, _subtract_target(p, grad[part], target[part], ignore_index))
@@ -221,14 +221,16 @@ def cross_entropy_sum(
     dweight is in `accumulation_dtype`: what will multiply both is not known yet, and float16 would not hold every sum. The
     gradients of a mean are those of the sum where its 1/M is not folded in: see `mean_is_folded`.
     """
-    gradients = Gradients(hidden, weight, need_hidden, need_weight)
+    gradients = _Gradients(hidden, weight, need_hidden, need_weight)
     loss = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     rounded = loss.dtype != hidden.dtype
     count = rows_that_count(target, ignore_index, loss.dtype, mean)
     factor = count.reciprocal() if mean_is_folded(hidden.dtype) else torch.ones_like(count)
-    for part in parts_of(hidden, weight):
+    for part in _parts_of(hidden, weight):
         p = _logits(hidden[part], weight)
         loss[part], lse, sums = _exponentials(p, target[part], ignore_index, z_loss, rounded)
+        if not (need_hidden or need_weight):
+            continue
         p.mul_((factor * (1.0 + 2.0 * z_loss * lse) / sums)[:, None])
         gradients.add(part, _subtract_target(p, factor.expand_as(sums), target[part], ignore_index))
     return loss.sum() / count, gradients.dhidden, gradients.dweight(accumulation_dtype(weight.dtype))

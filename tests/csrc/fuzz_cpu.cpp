@@ -1,4 +1,4 @@
-// Random rows of logits and random caches through the CPU kernels of csrc/cpu, those of every instruction set that this
+// Random rows of logits, values to be multiplied, and random caches through the CPU kernels of csrc/cpu, those of every instruction set that this
 // machine has. Each answer is compared with plain lines in double; buffers are exactly as long as what may be touched, so with
 // -fsanitize=address,undefined a read or write outside is found too. Arguments: seconds, first seed. The same seed does the
 // same again, alone with 0 seconds.
@@ -53,6 +53,15 @@ double value_of(Type type, const uint8_t* at) {
              : exponent      ? std::ldexp(1.0 + std::ldexp(fraction, -fraction_bits), exponent - bias)
                              : std::ldexp(fraction, 1 - bias - fraction_bits);
   return bits & 0x8000 ? -x : x;
+}
+
+// The nearest value of the type, of two the even one.
+double nearest(Type type, double x) {
+  if (type == Type::kFloat || x == 0.0 || !std::isfinite(x)) return x;
+  const int digits = type == Type::kHalf ? 11 : 8, least = type == Type::kHalf ? -14 : -126, most = type == Type::kHalf ? 16 : 128;
+  const int last = std::max(std::ilogb(x), least) + 1 - digits;
+  const double y = std::ldexp(std::nearbyint(std::ldexp(x, -last)), last);
+  return std::abs(y) < std::ldexp(1.0, most) ? y : std::copysign(INFINITY, x);
 }
 
 int size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
@@ -151,6 +160,24 @@ void losses(const Kernels& run) {
       // Below the least normal float32 the vectors' exponentials may be 0.
       compare(name + " gradient", i, got, slope, 1e-5 * size + unit(type, slope) * 1.001 + 1e-37);
     }
+  }
+}
+
+void scaling(const Kernels& run) {
+  const Type type = static_cast<Type>(pick(0, 2));
+  const int64_t count = pick(1, 300), begin = pick(0, count - 1), end = pick(0, 1) ? count : pick(begin, count);
+  Values values(type, count, std::ldexp(1.0, static_cast<int>(pick(-6, 6))));
+  for (int64_t i = 0; i < count; ++i)
+    if (pick(0, 9) == 0) values.set(i, pick(0, 1) ? 0.0 : special());
+  std::vector<double> before(count);
+  for (int64_t i = 0; i < count; ++i) before[i] = values.at(i);
+  const float factors[] = {static_cast<float>(normal(2.0)), 1.5f, -0.375f, static_cast<float>(special()), 0.0f};
+  const float factor = factors[pick(0, 4)];
+  run.scale(values.data(), type, begin, end, factor);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool changed = i >= begin && i < end && before[i] != 0.0;
+    const float product = static_cast<float>(before[i]) * factor;
+    compare(std::string(run.name) + " scale", i, values.at(i), changed ? nearest(type, product) : before[i], 0.0);
   }
 }
 
@@ -277,6 +304,7 @@ int main(int count, char** arguments) {
     for (const Kernels* run : all) {
       generator.seed(seed);
       losses(*run);
+      scaling(*run);
       decoding(*run);
     }
     ++seed, ++cases;

@@ -43,10 +43,12 @@ def sums() -> list[float]:
 
     found: list[float] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        logits = normal(700, 217).to(dtype if dtype != torch.float16 else torch.float32)
-        loss, lse = torch.empty(700), torch.empty(700)
-        OPS.cpu_cross_entropy(logits, torch.arange(700) % 217, None, 1.0, -100, 0.01, loss, lse)
-        found += [float(x.double().abs().sum()) for x in (loss, lse, logits)]
+        # Products of a width of 1 have one term, so that torch's are the same with any number of threads.
+        hidden, weight, target = normal(700, 1).to(dtype), normal(217, 1).to(dtype), torch.arange(700) % 217
+        made = OPS.cpu_cross_entropy_rows(hidden, weight, target, torch.ones(700), -100, 0.01, True, False)[:3]
+        found += [float(x.double().abs().sum()) for x in made]
+        OPS.cpu_scale(hidden, 0.7)
+        found.append(float(hidden.double().abs().sum()))
         q, k, v = (normal(3, 4, n, 72).to(dtype) for n in (1, 1100, 1100))
         for length, layout in ((1100, None), (torch.tensor([0, 700, 1100]), None), (1000, layouts.strided(40, 25))):
             found.append(float(decode_attention(q, k, v, length, layout=layout, backend="ext").double().abs().sum()))
@@ -85,13 +87,23 @@ def test_every_instruction_set(level: str) -> None:
         assert got == pytest.approx(want, rel=1e-4, abs=1e-2)
 
 
-LOGITS, TARGET = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+HIDDEN, WEIGHT, TARGET = torch.zeros(4, 3), torch.zeros(6, 3), torch.zeros(4, dtype=torch.int64)
 Q, K = torch.zeros(2, 3, 1, 8), torch.zeros(2, 3, 5, 8)
 HEADS = torch.zeros(1, dtype=torch.int64)
 
 
-def loss_of(logits: Tensor = LOGITS, target: Tensor = TARGET, factor: Tensor | None = None, rows: int = 4) -> None:
-    OPS.cpu_cross_entropy(logits, target, factor, 0.0, -100, 0.0, torch.empty(rows), torch.empty(4))
+def loss_of(
+    hidden: Tensor = HIDDEN,
+    weight: Tensor = WEIGHT,
+    target: Tensor = TARGET,
+    factor: Tensor | None = None,
+    needed: bool = False,
+) -> None:
+    OPS.cpu_cross_entropy_rows(hidden, weight, target, factor, -100, 0.0, needed, needed)
+
+
+def total_of(hidden: Tensor = HIDDEN, weight: Tensor = WEIGHT, target: Tensor = TARGET) -> None:
+    OPS.cpu_cross_entropy_sum(hidden, weight, target, -100, 0.0, True, True, True, True)
 
 
 def decoded(
@@ -114,20 +126,26 @@ def decoded(
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("logits must be", lambda: loss_of(LOGITS.half())),
-        ("logits must be", lambda: loss_of(torch.zeros(6, 4).t())),
-        ("logits must be", lambda: loss_of(LOGITS[0])),
-        ("logits must be", lambda: loss_of(LOGITS[:, :0])),
-        ("inputs must be float32", lambda: loss_of(LOGITS.double())),
+        ("hidden must be", lambda: loss_of(HIDDEN[0])),
+        ("weight must be", lambda: loss_of(weight=WEIGHT.bfloat16())),
+        ("weight must be", lambda: loss_of(weight=WEIGHT[0])),
+        ("weight must be", lambda: loss_of(weight=WEIGHT[:, :2])),
+        ("weight must be", lambda: loss_of(weight=WEIGHT[:0])),
+        ("inputs must be float32", lambda: loss_of(HIDDEN.double(), WEIGHT.double())),
         ("target must be", lambda: loss_of(target=TARGET[:3])),
         ("target must be", lambda: loss_of(target=TARGET.int())),
         ("target must be", lambda: loss_of(target=torch.zeros(8, dtype=torch.int64)[::2])),
         ("factor must be", lambda: loss_of(factor=torch.zeros(3))),
         ("factor must be", lambda: loss_of(factor=torch.zeros(()))),
         ("factor must be", lambda: loss_of(factor=torch.zeros(4, dtype=torch.float64))),
-        ("target must be", lambda: OPS.cpu_count(TARGET.int(), 0)),
-        ("target must be", lambda: OPS.cpu_count(LOGITS.long().t(), 0)),
-        ("loss and lse must be", lambda: loss_of(rows=3)),
+        ("factor must be", lambda: loss_of(needed=True)),
+        ("hidden must be", lambda: total_of(HIDDEN[0])),
+        ("weight must be", lambda: total_of(weight=WEIGHT[:, :2])),
+        ("target must be", lambda: total_of(target=TARGET.int())),
+        ("target must be", lambda: total_of(target=TARGET[:3])),
+        ("target must be", lambda: total_of(target=HIDDEN.long().t())),
+        ("values must be", lambda: OPS.cpu_scale(HIDDEN.t(), 2.0)),
+        ("inputs must be float32", lambda: OPS.cpu_scale(HIDDEN.double(), 2.0)),
         ("q must be", lambda: decoded(K)),
         ("k and v must be", lambda: decoded(v=K[:, :, :4])),
         ("k and v must be", lambda: decoded(k=K.half())),
@@ -151,17 +169,18 @@ def decoded(
 def test_operators_guard_memory(message: str, call: object) -> None:
     with pytest.raises(RuntimeError, match=message):
         call()  # type: ignore[operator]
-    loss_of(factor=torch.zeros(4))
+    loss_of(factor=torch.zeros(4), needed=True)
+    total_of()
     decoded(keys=torch.tensor([0, 4]), begins=torch.tensor([0, 2, 2]), heads=HEADS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nothing_beyond_the_outputs_is_written(dtype: torch.dtype) -> None:
-    """Rows with gaps between them, and one head of three."""
-    wide = torch.full((4, 40), 7.0).to(dtype if dtype != torch.float16 else torch.float32)
-    OPS.cpu_cross_entropy(wide[:, :37], TARGET, torch.ones(4), 0.0, -100, 0.0, torch.empty(4), torch.empty(4))
-    assert (wide[:, 37:] == 7).all()
-    assert (wide[:, :37] != 7).all()
+    """Some rows of a tensor, and one head of three."""
+    wide = torch.full((6, 37), 7.0).to(dtype)
+    OPS.cpu_scale(wide[1:5], 2.0)
+    assert (wide[1:5] == 14).all()
+    assert (wide[[0, 5]] == 7).all()
     out, lse = torch.full((2, 3, 1, 20), 7.0).to(dtype), torch.full((2, 3, 1), 7.0)
     q, k = Q.new_ones(2, 3, 1, 19).to(dtype), K.new_ones(2, 3, 5, 19).to(dtype)
     OPS.cpu_decode(q, k, k, None, 5, None, None, HEADS + 1, 1.0, out[..., :19], lse)

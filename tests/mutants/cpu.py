@@ -3,12 +3,13 @@
 from tests.mutants.mutant import Mutant
 
 TESTS = "tests/csrc/test_cpu.py"
-_LOSS, _DECODE, _VECTOR = (f"../../csrc/cpu/{name}.inc" for name in ("loss", "decode", "vector"))
+_LOSS, _DECODE, _VECTOR, _AVX512 = (f"../../csrc/cpu/{name}.inc" for name in ("loss", "decode", "vector", "avx512"))
 
 MUTANTS = (
-    Mutant("exponential: one term less", _VECTOR, "p = multiply_add(p, f, splat(1.0f / 24));", "", "test_fuzz"),
+    Mutant("exponential: one term less", _VECTOR, "p = multiply_add(p, f, splat(0.0416647755f));", "", "test_fuzz"),
     Mutant("exponential: -inf is not 0", _VECTOR, "x = larger(splat(-104.0f), x);", "", "test_fuzz"),
     Mutant("exponential: low part of ln 2 left out", _VECTOR, "multiply_add(n, splat(-kLn2Low), ", "(", "test_fuzz"),
+    Mutant("exponential: another number for ln 2", _VECTOR, "0.693147182f", "0.693359375f", "test_fuzz"),
     Mutant("power: one step for tiny results", _VECTOR, "half = whole >> 1", "half = whole", "test_fuzz"),
     Mutant(
         "load of some lanes: one too many",
@@ -27,6 +28,38 @@ MUTANTS = (
     Mutant("bfloat16: rounded down", _VECTOR, "bits + 0x7FFF + odd", "bits", "test_fuzz"),
     Mutant(
         "bfloat16: NaN lost", _VECTOR, "x == x ? bits + 0x7FFF + odd : Words{} + 0x7FC00000", "bits + 0x7FFF + odd", "test_fuzz"
+    ),
+    Mutant(
+        "bfloat16 of AVX-512: rounded down", _AVX512, "_mm512_srli_epi32(kept, 16)", "_mm512_srli_epi32(bits, 16)", "test_fuzz"
+    ),
+    Mutant(
+        "bfloat16 of AVX-512: halves not to even",
+        _AVX512,
+        "_mm512_mask_add_epi32(below_half, odd,",
+        "_mm512_mask_add_epi32(below_half, 0xFFFF,",
+        "test_fuzz",
+    ),
+    Mutant(
+        "bfloat16 of AVX-512: NaN lost",
+        _AVX512,
+        "_mm512_mask_mov_epi32(rounded, nan,",
+        "_mm512_mask_mov_epi32(rounded, 0,",
+        "test_fuzz",
+    ),
+    Mutant("scale: what is 0 is multiplied", _LOSS, "x == 0.0f ? x : x * factor", "x * factor", "test_fuzz"),
+    Mutant(
+        "scale: begins with the first value",
+        _LOSS,
+        "static_cast<BFloat16*>(values) + begin",
+        "static_cast<BFloat16*>(values)",
+        "test_fuzz",
+    ),
+    Mutant(
+        "scale: the last values left out",
+        _LOSS,
+        "if (whole < count) store_first(values",
+        "if (false) store_first(values",
+        "test_fuzz",
     ),
     Mutant(
         "rows: one of four lanes left out",

@@ -1,86 +1,15 @@
-// The operators of the CPU kernels, on the LibTorch stable ABI, and how their work is shared among threads.
-//
-// Checks here guard memory only; arguments of users are checked, with better words, in igpt_kernels.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// The operator of decoding, and how its work is shared among threads.
+#include "binding.h"
 
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../share.h"
-#include "kernels.h"
-
+namespace igpt::cpu {
 namespace {
 
-using igpt::share;
-using igpt::cpu::Decode;
-using igpt::cpu::kDecodeKeys;
-using igpt::cpu::kernels;
-using igpt::cpu::Loss;
-using igpt::cpu::Type;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kLogits = 32768;       // that one piece of a loss takes: 15 us of work, enough to repay a thread
 constexpr int64_t kDecodeBytes = 65536;  // below this much cache, threads cost more than they save
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::kFloat;
-    case ScalarType::BFloat16: return Type::kBFloat16;
-    case ScalarType::Half: return Type::kHalf;
-    default: STD_TORCH_CHECK(false, "inputs must be float32, bfloat16 or float16");
-  }
-}
-
-bool holds(const Tensor& x, ScalarType type, int64_t size) {
-  return x.is_cpu() && x.scalar_type() == type && x.is_contiguous() && x.dim() == 1 && x.size(0) == size;
-}
-
-int64_t cpu_count(const Tensor& target, int64_t ignore_index) {
-  STD_TORCH_CHECK(holds(target, ScalarType::Long, target.numel()), "target must be a contiguous int64 CPU tensor [M]");
-  const auto* labels = static_cast<const int64_t*>(target.const_data_ptr());
-  return target.numel() - std::count(labels, labels + target.numel(), ignore_index);
-}
-
-void cpu_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& factor, double every_factor,
-                       int64_t ignore_index, double z_loss, const Tensor& loss, const Tensor& lse) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) == 1) && logits.size(1) >= 1 &&
-                      type_of(logits) != Type::kHalf,
-                  "logits must be a float32 or bfloat16 CPU tensor [M, V] whose rows lie without gaps");
-  const int64_t rows = logits.size(0), vocab = logits.size(1);
-  STD_TORCH_CHECK(holds(target, ScalarType::Long, rows), "target must be a contiguous int64 CPU tensor [M]");
-  STD_TORCH_CHECK(holds(loss, ScalarType::Float, rows) && holds(lse, ScalarType::Float, rows),
-                  "loss and lse must be contiguous float32 CPU tensors [M]");
-  Loss of{};
-  of.logits = logits.mutable_data_ptr();
-  of.type = type_of(logits);
-  of.vocab = vocab;
-  of.stride = logits.stride(0);
-  of.target = static_cast<const int64_t*>(target.const_data_ptr());
-  of.ignore_index = ignore_index;
-  of.z_loss = static_cast<float>(z_loss);
-  of.loss = static_cast<float*>(loss.mutable_data_ptr());
-  of.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const float one = static_cast<float>(every_factor);
-  if (factor.has_value()) {
-    STD_TORCH_CHECK(factor->is_cpu() && factor->scalar_type() == ScalarType::Float && factor->dim() == 1 && factor->size(0) == rows,
-                    "factor must be a float32 CPU tensor [M]");
-    of.factor = static_cast<const float*>(factor->const_data_ptr());
-    of.factor_stride = factor->stride(0);
-  } else if (every_factor != 0.0) {
-    of.factor = &one;
-  }
-  const int64_t piece = std::max<int64_t>(1, kLogits / vocab);
-  const int64_t scratch = of.factor != nullptr && of.type != Type::kFloat ? vocab : 0;
-  share((rows + piece - 1) / piece, [&](int64_t i) {
-    std::vector<float> own(scratch);
-    kernels().loss_rows(of, i * piece, std::min(rows, (i + 1) * piece), own.data());
-  });
-}
 
 // One piece of decoding: keys begin to end of a sequence and head, a place for the result, how many pieces its row has.
 struct Piece {
@@ -163,8 +92,8 @@ void cpu_decode(const Tensor& q, const Tensor& k, const Tensor& v, const std::op
                           std::min(end, begin + (i + 1) * kDecodeKeys), i == 0 ? count : 0});
     work += (end - begin) * some_heads;
   }
-  const igpt::cpu::Kernels& run = kernels();
-  const int64_t size = igpt::cpu::part_size(head_dim), count = static_cast<int64_t>(pieces.size());
+  const Kernels& run = kernels();
+  const int64_t size = part_size(head_dim), count = static_cast<int64_t>(pieces.size());
   std::vector<float> parts(count * size);
   const auto part = [&](int64_t i) {
     const Piece& piece = pieces[i];
@@ -184,22 +113,15 @@ void cpu_decode(const Tensor& q, const Tensor& k, const Tensor& v, const std::op
 std::string cpu_kernels() { return kernels().name; }
 
 }  // namespace
+}  // namespace igpt::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(igpt_kernels, m) {
   m.def("cpu_kernels() -> str");
-  m.def("cpu_count(Tensor target, int ignore_index) -> int");
-  m.def(
-      "cpu_cross_entropy(Tensor(a!) logits, Tensor target, Tensor? factor, float every_factor, int ignore_index, float z_loss,"
-      " Tensor(b!) loss, Tensor(c!) lse) -> ()");
   m.def(
       "cpu_decode(Tensor q, Tensor k, Tensor v, Tensor? lengths, int length, Tensor? keys, Tensor? begins, Tensor? heads,"
       " float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(igpt_kernels, CPU, m) {
-  m.impl("cpu_count", TORCH_BOX(&cpu_count));
-  m.impl("cpu_cross_entropy", TORCH_BOX(&cpu_cross_entropy));
-  m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
-}
+STABLE_TORCH_LIBRARY_IMPL(igpt_kernels, CPU, m) { m.impl("cpu_decode", TORCH_BOX(&igpt::cpu::cpu_decode)); }
 
-STABLE_TORCH_LIBRARY_IMPL(igpt_kernels, CompositeExplicitAutograd, m) { m.impl("cpu_kernels", TORCH_BOX(&cpu_kernels)); }
+STABLE_TORCH_LIBRARY_IMPL(igpt_kernels, CompositeExplicitAutograd, m) { m.impl("cpu_kernels", TORCH_BOX(&igpt::cpu::cpu_kernels)); }
