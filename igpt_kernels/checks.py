@@ -85,13 +85,11 @@ def check_whole(name: str, value: object) -> int:
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """Under torch.autocast, floating-point tensors in its dtype, as torch's own products take them."""
-    first = tensors[0]
-    if not torch._C._is_any_autocast_enabled():
-        return list(tensors)
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     # Of the device "meta", which computes shapes only, torch cannot say whether it has autocast.
-    if not isinstance(first, Tensor) or first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 

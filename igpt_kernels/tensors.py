@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Of a dense tensor with values on the CPU, and of one made under inference_mode. Traced and transformed tensors, those of
-# other devices and layouts, and views whose sign is not applied yet have other keys.
-_CPU_KEYS = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
-with torch.inference_mode():
-    _CPU_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+# Of a dense tensor with values on the CPU: made under inference_mode, and not. Traced and transformed tensors, those of other
+# devices and layouts, and views whose sign is not applied yet have other keys. Not read from a tensor: this module may be
+# imported under a mode.
+_Keys = torch._C.DispatchKeySet
+_INFERENCE = _Keys(torch._C.DispatchKey.CPU) | _Keys(torch._C.DispatchKey.AutocastCPU)
+_RECORDED = _INFERENCE | _Keys(torch._C.DispatchKey.AutogradCPU) | _Keys(torch._C.DispatchKey.ADInplaceOrView)
+_CPU_KEYS = {_INFERENCE.raw_repr(), _RECORDED.raw_repr()}
 _BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorchBatched")]
 # Of torch itself: they stand for a tensor while something is traced, and operators know them.
 _TRACED = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor", "TwoTensor")
@@ -43,7 +45,7 @@ def is_readable(x: Tensor) -> bool:
     """Whether Python may look at the values of x now: on the CPU, and neither traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
-        and is_plain_cpu(x)
+        and (is_plain_cpu(x) or (x.device.type == "cpu" and is_plain(x)))
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
     )

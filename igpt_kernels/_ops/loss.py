@@ -84,15 +84,18 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _sum_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """The gradients of the forward pass, scaled in place: a second dhidden would take as much memory as the logits.
 
-    The buffers are consumed; a second backward (retain_graph=True) recomputes them.
+    The buffers are consumed; a second backward (retain_graph=True) recomputes them. So does the first one of a graph that was
+    traced where fewer gradients were wanted.
     """
     if grad is None:
         return (None,) * 9
-    ignore_index, _, mean, need_hidden, need_weight, backend = ctx.how
+    ignore_index, z_loss, mean, made_hidden, made_weight, backend = ctx.how
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
     made, ctx.made = ctx.made, None
-    if made is None:
+    if made is None or need_hidden > made_hidden or need_weight > made_weight:
         with torch.no_grad():
-            made = cross_entropy_sum(*ctx.saved_tensors, *ctx.how)[1:]
+            how = ignore_index, z_loss, mean, need_hidden, need_weight, backend
+            made = cross_entropy_sum(*ctx.saved_tensors, *how)[1:]
     dhidden, dweight = made
     dtype, factor = dhidden.dtype, grad
     if mean and not torch_loss.mean_is_folded(dtype):

@@ -28,34 +28,36 @@ _eager_functions: dict[str, Any] = {}
 
 
 def call(operator: Any, *arguments: Any) -> Any:
-    """Call a registered operator that has a derivative: the operator itself wherever something traces."""
+    """Call a registered operator that has a derivative: the operator itself wherever something else may handle it."""
     if torch._C._are_functorch_transforms_active():
         return _functions[operator.__name__].apply(*arguments)
-    if _is_traced():
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if _is_handled(tensors):
         return operator(*arguments)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _eager_functions[operator.__name__].apply(*arguments)
     return below_autograd(operator, *arguments)
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Call a registered operator for its results alone: the operator itself wherever something looks at it.
+    """Call a registered operator for its results alone; its implementation on the CPU, where no profiler looks.
 
-    Tracers, profilers, modes and subclasses of Tensor do.
+    A kernel that others register for the operator is not called there.
     """
-    is_seen = (
-        _is_traced()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._len_torch_function_stack()
-        or not all(is_plain_cpu(x) for x in arguments if isinstance(x, Tensor))
-    )
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    is_seen = torch.autograd.profiler._is_profiler_enabled or not all(is_plain_cpu(x) for x in tensors) or _is_handled(tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments) if is_seen else _implementations[operator.__name__](*arguments)
 
 
-def _is_traced() -> bool:
+def _is_handled(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tracer, a mode, or a class of a tensor may do something else in place of an operator."""
     return (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
     )
 
 

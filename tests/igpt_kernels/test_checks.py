@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import igpt_kernels
 from igpt_kernels import (
@@ -27,6 +30,8 @@ from igpt_kernels import (
     quick_gelu,
     rms_norm,
 )
+from igpt_kernels.checks import autocast
+from igpt_kernels.tensors import is_plain_cpu
 from tests.fuzz import check_refusal, hostile_values
 
 CALLS = int(os.environ.get("IGPT_FUZZ_CALLS", "1200"))
@@ -180,3 +185,53 @@ def test_sizes_that_are_symbols() -> None:
     for length in (9, 5, 2):
         some = k[:, :, :length].contiguous()
         torch.testing.assert_close(program.module()(q, some), flash_attention(q, some, some, causal=False, scale=2.0))
+
+
+@pytest.mark.parametrize("mode", ["torch.inference_mode()", "FakeTensorMode()", 'torch.device("meta")'])
+def test_the_package_may_be_imported_under_a_mode(mode: str) -> None:
+    """What is a plain tensor does not depend on it: values are checked afterwards."""
+    code = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with {mode}:
+    import igpt_kernels
+from igpt_kernels.tensors import is_plain_cpu
+assert is_plain_cpu(torch.ones(2)) and not is_plain_cpu(torch.empty(2, device="meta"))
+with torch.inference_mode():
+    assert is_plain_cpu(torch.ones(2))
+try:
+    igpt_kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 4]))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "target must be from 0 to 3 or ignore_index -100, got 4\n"
+
+
+def test_which_tensors_are_plain() -> None:
+    x = torch.ones(2)
+    assert is_plain_cpu(x)
+    assert is_plain_cpu(torch.nn.Parameter(x))
+    assert is_plain_cpu(x.expand(3, 2).t())
+    own = x.as_subclass(type("Own", (Tensor,), {}))
+    for other in (own, torch._neg_view(x), x.to("meta"), x.to_sparse(), torch._efficientzerotensor(2)):
+        assert not is_plain_cpu(other)
+    assert torch.func.vmap(lambda row: torch.full_like(row, is_plain_cpu(row)))(torch.ones(2, 2)).eq(0).all()
+
+
+def test_a_target_whose_sign_is_not_applied_yet_is_read() -> None:
+    hidden, weight, target = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, -4, -5])
+    with pytest.raises(ValueError, match="target must be from 0 to 4 or ignore_index -100, got 5"):
+        linear_cross_entropy(hidden, weight, torch._neg_view(target))
+    want = linear_cross_entropy(hidden, weight, -target.clamp(min=-4))
+    assert torch.equal(linear_cross_entropy(hidden, weight, torch._neg_view(target.clamp(min=-4))), want)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])
+def test_autocast_of_any_device(device: str) -> None:
+    with FakeTensorMode(), torch.autocast(device, torch.bfloat16 if device == "cpu" else torch.float16, enabled=True):
+        x = torch.empty(4, 8, device=device)
+        (cast,) = autocast(x)
+        assert cast.dtype == torch.nn.functional.linear(x, x).dtype
+    assert autocast(x)[0] is x

@@ -5,6 +5,7 @@ Everything is in float64 and against the reference, whose derivatives are those 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -464,6 +465,101 @@ def test_what_looks_at_operators_sees_them(case: str, wanted: bool, monkeypatch:
     assert any("igpt_kernels" in name for name in seen.found)
     forward(type("Own", (Tensor,), {}))
     assert not short
+
+
+def test_a_profiler_of_all_threads_sees_operators() -> None:
+    config = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config) as profile:
+        thread = threading.Thread(target=lambda: quick_gelu(values(3, 4)))
+        thread.start()
+        thread.join()
+    assert any(event.key == "igpt_kernels::quick_gelu_forward" for event in profile.key_averages())
+
+
+class Scaled(TorchFunctionMode):
+    """A mode that multiplies the first operand of our operators by a number that requires a gradient."""
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "igpt_kernels" in str(func):
+            args = (args[0] * self.factor, *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["gradient", "no gradient"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_mode_may_bring_what_requires_a_gradient(case: str, wanted: bool) -> None:
+    _, function, arguments = CASES[case]
+    factor = torch.ones((), requires_grad=True)
+    leaves = [x.clone().requires_grad_(wanted) for x in arguments]
+    with Scaled(factor):
+        out = function(*leaves, backend="torch")
+    (mine,) = torch.autograd.grad(out.square().sum(), factor)
+    (want,) = torch.autograd.grad(function(arguments[0] * factor, *arguments[1:], backend="torch").square().sum(), factor)
+    torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5)
+
+
+class Wrapped(Tensor):
+    """A tensor that stands for another, which may require a gradient."""
+
+    held: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = tuple(x.held if isinstance(x, Wrapped) else x for x in args)
+        if "igpt_kernels" in str(func):
+            return func(*inside, **(kwargs or {}))
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Wrapped):
+            out.held = func(*inside, **(kwargs or {}))
+        return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_class_may_bring_what_requires_a_gradient(case: str) -> None:
+    _, function, arguments = CASES[case]
+    held = arguments[0].clone().requires_grad_()
+    wrapped = arguments[0].clone().as_subclass(Wrapped)
+    wrapped.held = held
+    (mine,) = torch.autograd.grad(function(wrapped, *arguments[1:], backend="torch").square().sum(), held)
+    (want,) = torch.autograd.grad(function(held, *arguments[1:], backend="torch").square().sum(), held)
+    torch.testing.assert_close(mine, want)
+
+
+class Loss(nn.Module):
+    """A loss behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Parameter(values(6, 8))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(self.layer(x), self.head, target)
+
+
+@pytest.mark.parametrize("how", ["export", "export, strict", "jit.trace", "make_fx"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_traced_without_gradients_has_them_later(how: str) -> None:
+    """The graph says that no gradient is wanted, and is run where some are. All of them are computed then."""
+    model, x, target = Loss().float(), values(10, 8).float(), torch.arange(10) % 6
+    with torch.no_grad():
+        run: Any
+        if how.startswith("export"):
+            run = torch.export.export(model, (x, target), strict="strict" in how).module()
+        elif how == "jit.trace":
+            run = torch.jit.trace(model, (x, target), check_trace=False)
+        else:
+            traced = make_fx(lambda hidden, head: linear_cross_entropy(hidden, head, target))(x, model.head.detach())
+            model, run = model, lambda x, target: traced(model.layer(x), model.head)
+    of = list(run.parameters()) if isinstance(run, nn.Module) else list(model.parameters())
+    mine = torch.autograd.grad(run(x, target), of)
+    want = torch.autograd.grad(Loss.forward(model, x, target), list(model.parameters()))
+    for a in want:
+        assert any(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6) for b in mine)
+    assert len(mine) == len(want)
 
 
 @pytest.mark.parametrize("case", CASES)
