@@ -1,7 +1,7 @@
 // The operators of a linear layer's cross-entropy: products of torch, and one pass between them over some rows of logits.
 //
 // The pass reads a row of logits and leaves the row's gradient in its place, from which the products make dhidden and dweight.
-// All of it is one call: from Python, the calls of its parts take 0.1 ms, as long as a fiftieth of a 32 x 32 image's loss.
+// All of it is one call. Its parts called from Python take 0.1 ms more, 2 % of the loss of a 32 x 32 image.
 #include "binding.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
