@@ -49,7 +49,6 @@ TESTED_BY = {
     "igpt_kernels._ops.norm": "tests/igpt_kernels/test_norm.py",
     "igpt_kernels._ops.activation": "tests/igpt_kernels/test_activation.py",
     "igpt_kernels._ops.shared": "tests/igpt_kernels/_ops/test_attention.py",
-    "igpt_kernels._ops.transforms": "tests/igpt_kernels/test_transforms.py",
     "igpt_kernels.block_lists": "tests/igpt_kernels/test_layouts.py",
     "igpt_kernels.patterns": "tests/igpt_kernels/test_layouts.py",
     "igpt_kernels.memory": "tests/igpt_kernels/test_attention.py",

@@ -36,18 +36,26 @@ def call(operator: Any, *arguments: Any) -> Any:
         return operator(*arguments)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _eager_functions[operator.__name__].apply(*arguments)
-    return below_autograd(operator, *arguments)
+    return _run(operator, arguments)
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Call a registered operator for its results alone; its implementation on the CPU, where no profiler looks.
+    """Call a registered operator for its results alone: the operator itself wherever something else may handle it."""
+    if _is_handled([x for x in arguments if isinstance(x, Tensor)]):
+        return operator(*arguments)
+    return _run(operator, arguments)
+
+
+def _run(operator: Any, arguments: Sequence[Any]) -> Any:
+    """The results, without derivatives: of the implementation where tensors are on the CPU and no profiler looks.
 
     A kernel that others register for the operator is not called there.
     """
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    is_seen = torch.autograd.profiler._is_profiler_enabled or not all(is_plain_cpu(x) for x in tensors) or _is_handled(tensors)
+    short = not torch.autograd.profiler._is_profiler_enabled and all(
+        is_plain_cpu(x) for x in arguments if isinstance(x, Tensor)
+    )
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments) if is_seen else _implementations[operator.__name__](*arguments)
+        return _implementations[operator.__name__](*arguments) if short else operator(*arguments)
 
 
 def _is_handled(tensors: Sequence[Tensor]) -> bool:
@@ -74,7 +82,7 @@ def differentiable(operator: Any, save: Callable[..., None], backward: Callable[
         return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
     def eager(ctx: Any, *arguments: Any) -> Any:
-        results = below_autograd(operator, *arguments)
+        results = _run(operator, arguments)
         save(ctx, arguments, results)
         return results
 
