@@ -70,7 +70,7 @@ struct Gradients {
   Tensor dhidden, dweight;  // [M,C] and [V,C]; [0,C] where none is wanted
 };
 
-// Gradients are those of the sum of `factor` times each row's loss. Its strides: 1, or 0 for one factor of all rows.
+// Gradients are those of the sum of `factor` times each row's loss. The stride is 0 where one factor is that of all rows.
 struct Factor {
   const float* of_rows;  // null: no gradients
   int64_t stride;
